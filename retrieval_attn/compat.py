@@ -1,0 +1,14 @@
+"""Differences between the transformers versions we serve (4.57 to 5.x), and nothing else."""
+
+from typing import Any
+
+import torch
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # top-level export is missing before 5.0
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["ALL_ATTENTION_FUNCTIONS", "AttentionMaskInterface", "query_length", "sdpa_mask"]
+
+
+def query_length(argument: Any) -> int:
+    """The number of new tokens, from what `get_mask_sizes` was given: an int, before 5.4 a `cache_position`."""
+    return int(argument.shape[0]) if isinstance(argument, torch.Tensor) else int(argument)

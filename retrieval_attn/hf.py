@@ -1,0 +1,408 @@
+"""The two seams to transformers: a registered attention function, and a cache whose full-attention layers are ours.
+
+Nothing is patched. `RetrievalLayer.update` returns only the new keys and values and hangs itself on the key tensor; the
+attention function, which runs next, finds it there. This is the one file that knows transformers' cache and attention
+contracts.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from retrieval_attn.compat import ALL_ATTENTION_FUNCTIONS, AttentionMaskInterface, query_length, sdpa_mask
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.decode import StepClock, decode
+from retrieval_attn.host import require_safe_threads, set_threads
+from retrieval_attn.kernels import AttentionState, merge
+from retrieval_attn.memory import LayerMemory, LayerShape
+from retrieval_attn.prefill import prefill
+
+NAME = "retrieval"
+
+# Address space reserved when a model does not say how long its context may be.
+DEFAULT_CAPACITY = 1 << 20
+
+
+def register() -> None:
+    """Make `attn_implementation="retrieval"` known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def unregister() -> None:
+    """Undo `register`."""
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(NAME, None)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (B, H, T, D), new key and value (B, G, T, D); returns (B, T, H, D).
+
+    Sliding-window layers go to stock sdpa. Raises ValueError where silence would be wrong output: a full-attention
+    layer whose cache is not a `RetrievalCache`, keys shared between layers, softcapped logits, 4-D masks.
+    """
+    layer = getattr(key, "_ra_layer", None)
+    if layer is None:
+        if not _is_sliding(module, kwargs):
+            raise ValueError(
+                f"attention 'retrieval' in layer {getattr(module, 'layer_idx', '?')} needs the cache "
+                "retrieval_attn.RetrievalCache(model.config, config), got another cache or none; pass it as "
+                "past_key_values=, or load the model with attn_implementation='sdpa'"
+            )
+        stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if kwargs.get("softcap") is not None:
+        raise ValueError("softcapped attention logits (Gemma-2) are not inner products and cannot be retrieved")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    state = layer.attend(query.detach(), key.detach(), value.detach(), attention_mask, scale)
+    if kwargs.get("s_aux") is not None:
+        state = merge(state, _learned_sink(kwargs["s_aux"], state))
+    return state.out.transpose(1, 2).contiguous(), None
+
+
+def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Any:
+    """transformers' mask interface: stock masks for sliding layers, else the (B, S) padding mask or None.
+
+    A T x S mask is never made. Without this function registered, left padding would be ignored silently.
+    """
+    if local_size is not None:
+        return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
+    if attention_mask is None or attention_mask.all():
+        return None
+    return attention_mask
+
+
+def _is_sliding(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    if kwargs.get("sliding_window") is not None:
+        return True
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return kinds is not None and index is not None and kinds[index] in ("sliding_attention", "chunked_attention")
+
+
+def _learned_sink(logits: Tensor, like: AttentionState) -> AttentionState:
+    """A model's learned sink (gpt-oss) takes its share of the softmax and has no value."""
+    lse = logits.detach().float().view(1, -1, 1).expand(like.lse.shape)
+    return AttentionState(torch.zeros_like(like.out), lse)
+
+
+class RetrievalLayer(DynamicLayer):
+    """A full-attention cache layer whose tokens live in `LayerMemory`, one per sequence of the batch."""
+
+    def __init__(self, config: RetrievalConfig, capacity: int) -> None:
+        super().__init__()
+        self.config = config
+        self.memories: list[LayerMemory] = []
+        self.clock = StepClock()
+        self.phase = "auto"
+        self.before_decode: Callable[[], None] = lambda: None
+        self._capacity = capacity
+        self._seen = 0  # tokens per row, padding included, as transformers counts them
+        self._padding: Tensor | None = None  # (B, seen) bool, True = token; None while no row has padding
+        self._awaiting = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """One memory per sequence."""
+        values = key_states if value_states is None else value_states
+        shape = LayerShape(key_states.shape[1], key_states.shape[3], values.shape[3], key_states.dtype, self._capacity)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.memories = [LayerMemory(self.config, shape) for _ in range(key_states.shape[0])]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Returns the new keys and values, the keys with a handle on this layer; they are stored by `attend`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != len(self.memories):
+            raise ValueError(f"the cache holds a batch of {len(self.memories)}, got a batch of {key_states.shape[0]}")
+        self._awaiting = True
+        key_states = key_states.view_as(key_states)
+        key_states._ra_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> AttentionState:
+        """Store the new tokens and attend: exactly for several tokens, through the index for a single one."""
+        if not self._awaiting:
+            raise ValueError("two layers share one layer's keys and values (as in Gemma-3n), which is not supported")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"only (batch, tokens) padding masks are supported, got a mask of shape {list(mask.shape)}"
+            )
+        self._awaiting = False
+        valid = self._note_padding(mask, len(self.memories), keys.shape[2])
+        if valid is None and len(self.memories) == 1:
+            state = self._attend_one(self.memories[0], query, keys, values, scale)
+        else:
+            state = self._attend_rows(query, keys, values, valid, scale)
+        self._seen += keys.shape[2]
+        return state
+
+    def _attend_one(
+        self, memory: LayerMemory, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> AttentionState:
+        exact = self.phase == "prefill" or (self.phase == "auto" and query.shape[2] > 1)
+        if exact:
+            return prefill(query, keys, values, memory, scale)
+        memory.append(query, keys, values)
+        if memory.wants_build():
+            self.before_decode()
+        return decode(query, memory, scale, self.clock)
+
+    def _attend_rows(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scale: float
+    ) -> AttentionState:
+        """Sequence by sequence, padding left out; rows of padding give the empty state."""
+        n_batch, n_heads, n_new = query.shape[:3]
+        out = query.new_zeros((n_batch, n_heads, n_new, values.shape[3]))
+        lse = torch.full((n_batch, n_heads, n_new), -torch.inf, device=query.device)
+        for b, memory in enumerate(self.memories):
+            rows = torch.arange(n_new, device=query.device) if valid is None else valid[b].nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            parts = [x[b : b + 1].index_select(2, rows) for x in (query, keys, values)]
+            state = self._attend_one(memory, parts[0], parts[1], parts[2], scale)
+            out[b].index_copy_(1, rows, state.out[0])
+            lse[b].index_copy_(1, rows, state.lse[0])
+        return AttentionState(out, lse)
+
+    def _note_padding(self, mask: Tensor | None, n_batch: int, n_new: int) -> Tensor | None:
+        """Remember which of the new tokens are padding; None if none of all tokens is."""
+        if mask is None and self._padding is None:
+            return None
+        new = torch.ones((n_batch, n_new), dtype=torch.bool) if mask is None else mask[:, -n_new:].bool()
+        if self._padding is None:
+            self._padding = torch.ones((n_batch, self._seen), dtype=torch.bool, device=new.device)
+        self._padding = torch.cat([self._padding, new.to(self._padding.device)], dim=1)
+        return new
+
+    def get_seq_length(self) -> int:
+        """Tokens per row, padding included."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length_or_positions: Any) -> tuple[int, int]:
+        """Length and offset of the mask that transformers should describe."""
+        return self._seen + query_length(query_length_or_positions), 0
+
+    def crop(self, tokens: int) -> None:
+        """Drop the last `-tokens` tokens; a positive number is the length to keep (transformers before 5.20)."""
+        keep = min(self._seen, tokens if tokens > 0 else self._seen + tokens)
+        self._awaiting = False
+        if keep < 0:
+            raise ValueError(f"cannot drop {-tokens} tokens, the cache holds {self._seen}")
+        for b, memory in enumerate(self.memories):
+            dropped = self._seen - keep
+            if self._padding is not None:
+                dropped = int(self._padding[b, keep:].sum())
+            memory.crop(memory.length - dropped)
+        if self._padding is not None:
+            self._padding = self._padding[:, :keep]
+        self._seen = keep
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.memories, self._seen, self._padding, self._awaiting = [], 0, None, False
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Continue row i from what was row beam_idx[i]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.batch_select_indices(torch.arange(len(self.memories)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the named rows; a row named twice is copied, and its copy builds its own index."""
+        chosen = indices.tolist() if indices.dtype != torch.bool else indices.nonzero()[:, 0].tolist()
+        first_use = {old: new for new, old in reversed(list(enumerate(chosen)))}
+        self.memories = [
+            self.memories[old] if first_use[old] == new else self.memories[old].copy() for new, old in enumerate(chosen)
+        ]
+        if self._padding is not None:
+            self._padding = self._padding[chosen]
+
+    def offload(self) -> None:
+        """Nothing to do: tokens are in CPU memory already."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: only what is retrieved goes to the device."""
+
+
+class RetrievalCache(DynamicCache):
+    """A transformers cache whose full-attention layers keep their tokens in CPU memory and retrieve.
+
+    Sliding-window and linear layers stay stock. Use it with a model loaded with `attn_implementation="retrieval"`
+    (after `retrieval_attn.register()`), one cache per conversation:
+
+        cache = RetrievalCache(model.config, RetrievalConfig(top_k=100))
+        model.generate(ids, past_key_values=cache)
+
+    Several tokens at once attend exactly, a single token retrieves; `exact()` makes single tokens exact too. Not for
+    use from two threads at once.
+
+    Raises ValueError for models whose attention cannot be served, by name.
+    """
+
+    def __init__(self, model_config: Any, config: RetrievalConfig | None = None) -> None:
+        config = config or RetrievalConfig()
+        refuse_unserved(model_config)
+        super().__init__(config=model_config)
+        capacity = _max_positions(model_config) or DEFAULT_CAPACITY
+        # Exact type: subclasses are other kinds of layer.
+        self.layers = [
+            RetrievalLayer(config, capacity) if type(layer) is DynamicLayer else layer for layer in self.layers
+        ]
+        self.config = config
+        if not self.retrieval_layers:
+            raise ValueError(
+                f"{_model_type(model_config)!r} has no full-attention layer, so there is nothing to retrieve"
+            )
+        require_safe_threads()
+        self._cancelled = threading.Event()
+        this = weakref.ref(self)
+        for layer in self.retrieval_layers:
+            layer.before_decode = lambda: _start_builds(this)
+
+    @property
+    def retrieval_layers(self) -> list[RetrievalLayer]:
+        """The layers that are ours, in order."""
+        return [layer for layer in self.layers if isinstance(layer, RetrievalLayer)]
+
+    @property
+    def memories(self) -> list[LayerMemory]:
+        """Every memory of every layer, in order of layers."""
+        return [memory for layer in self.retrieval_layers for memory in layer.memories]
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Inside, every forward pass attends exactly, single tokens included: prefill of any chunk size."""
+        for layer in self.retrieval_layers:
+            layer.phase = "prefill"
+        try:
+            yield
+        finally:
+            for layer in self.retrieval_layers:
+                layer.phase = "auto"
+
+    def start_builds(self) -> list["Future[Any]"]:
+        """Build the missing indexes in a background thread, first layer first; returns one future per index.
+
+        A step that needs an index waits for it; an error of the build is raised there.
+        """
+        waiting = [memory for memory in self.memories if memory.wants_build()]
+        if not waiting:
+            return []
+        self._cancelled.clear()
+        threads = self.config.threads
+        pool = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="retrieval-build",
+            initializer=set_threads if threads else None,
+            initargs=(threads,) if threads else (),
+        )
+        builds = []
+        for memory in waiting:
+            building = pool.submit(memory.build, self._cancelled.is_set)
+            memory.build_later(building)
+            builds.append(building)
+        pool.shutdown(wait=False)
+        return builds
+
+    def cancel_builds(self) -> None:
+        """Stop builds under way and those not begun; a later step starts them anew."""
+        self._cancelled.set()
+        for memory in self.memories:
+            memory.forget_build()
+
+    def crop(self, tokens: int) -> None:
+        """Drop the last `-tokens` tokens of every layer, or of none if a layer cannot.
+
+        A positive number is the length to keep, as transformers before 5.20 passes it. Raises ValueError when a
+        sliding-window layer has already let go of what it would need again.
+        """
+        self._crop_to(tokens if tokens > 0 else self.get_seq_length() + tokens)
+
+    def settle(self) -> None:
+        """After an interrupted forward pass: bring all layers back to the tokens that every layer holds."""
+        lengths = {layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")}
+        if len(lengths) > 1:
+            self._crop_to(min(lengths))
+
+    def _crop_to(self, keep: int) -> None:
+        for i, layer in enumerate(self.layers):
+            if not _can_crop(layer, keep):
+                raise ValueError(
+                    f"layer {i} ({type(layer).__name__}) cannot go back to {keep} tokens; start a new cache and prefill"
+                )
+        for layer in self.layers:
+            # Recording layers drop what they recorded on every crop, so they are told even when nothing goes; others
+            # are not, because before 5.14 a stock layer takes crop(0) for "drop everything".
+            extra = layer.get_seq_length() - keep
+            if extra > 0 or getattr(layer, "record_past", False):
+                layer.crop(-max(0, extra))
+
+    def reset_clocks(self) -> None:
+        """Start the measurement of steps anew."""
+        for layer in self.retrieval_layers:
+            layer.clock = StepClock()
+
+
+def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:
+    alive = cache()
+    if alive is not None:
+        alive.start_builds()
+
+
+def _can_crop(layer: Any, keep: int) -> bool:
+    """Whether a layer can go back to `keep` tokens; stock sliding layers forget what left their window."""
+    if isinstance(layer, RetrievalLayer) or not layer.is_initialized or layer.get_seq_length() <= keep:
+        return True
+    if getattr(layer, "is_sliding", False):
+        return layer.get_seq_length() < layer.sliding_window or getattr(layer, "record_past", False)
+    return bool(getattr(layer, "is_croppable", isinstance(layer, DynamicLayer)))
+
+
+def refuse_unserved(model_config: Any) -> None:
+    """Raise ValueError, with the model's name and the reason, if its attention cannot be served."""
+    name = _model_type(model_config)
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ValueError(f"{name!r} is an encoder-decoder; only decoder-only causal language models are served")
+    text = model_config.get_text_config(decoder=True)
+    if getattr(text, "is_decoder", True) is False:
+        raise ValueError(f"{name!r} attends in both directions; only causal language models are served")
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise ValueError(f"{name!r} uses multi-head latent attention (MLA), whose cache holds no keys to retrieve")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise ValueError(f"{name!r} softcaps its attention logits, which are then not inner products to search by")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise ValueError(f"{name!r} shares keys and values between layers, which is not supported")
+    if getattr(text, "num_attention_heads", None) is None or getattr(text, "model_type", "") in _NO_ATTENTION:
+        raise ValueError(f"{name!r} has no attention layers, so there is nothing to retrieve")
+
+
+_NO_ATTENTION = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
+
+
+def _model_type(model_config: Any) -> str:
+    return str(getattr(model_config, "model_type", type(model_config).__name__))
+
+
+def _max_positions(model_config: Any) -> int | None:
+    return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)

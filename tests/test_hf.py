@@ -1,0 +1,263 @@
+"""The transformers seams: stock models, unpatched, give stock tokens when everything is retrieved."""
+
+import pytest
+import torch
+from tiny_models import MODELS, prompt_ids, tiny_config, tiny_model
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import retrieval_attn as ra
+
+EVERYTHING = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    ra.register()
+
+
+def small(index: str = "exact", **options) -> ra.RetrievalConfig:
+    """A config whose window is small enough that a short prompt has far keys, all of which are retrieved."""
+    defaults = {"top_k": EVERYTHING, "n_sink": 4, "n_local": 16, "exact_below": 0, "prefill_tile": 100}
+    return ra.RetrievalConfig(index=index, **(defaults | options))
+
+
+def greedy(model, ids, cache=None, n=12, **options):
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=n, do_sample=False, **options)
+    return out[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("index", ["exact", "ivf", "graph"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_generate_equals_stock(kind, index):
+    ids = prompt_ids(300)
+    stock = greedy(tiny_model(kind, "sdpa"), ids)
+    model = tiny_model(kind)
+    assert greedy(model, ids, ra.RetrievalCache(model.config, small(index))) == stock
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_wrong_far_key_changes_the_output(kind, monkeypatch):
+    """The test above can fail: without the far keys the logits differ visibly."""
+    ids = prompt_ids(300)
+    model = tiny_model(kind)
+    logits = []
+    for top_k in (EVERYTHING, 1):
+        cache = ra.RetrievalCache(model.config, small(top_k=top_k))
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=cache)
+            logits.append(model(ids[:, -1:], past_key_values=cache).logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("length", [1, 63, 640, 641, 5000])
+def test_any_prompt_length(length):
+    """Law 3 at the paper's window sizes: 640 tokens are all near, the 641st pushes one out."""
+    ids = prompt_ids(length)
+    stock = greedy(tiny_model("llama", "sdpa"), ids, n=4)
+    model = tiny_model("llama")
+    cache = ra.RetrievalCache(model.config, ra.RetrievalConfig(top_k=EVERYTHING, index="exact"))
+    assert greedy(model, ids, cache, n=4) == stock
+    memory = cache.memories[0]
+    assert memory.length == length + 3
+    assert memory.split.n_far == max(0, length + 3 - 640)
+    assert memory.window.keys().shape[2] + memory.split.n_far == memory.length
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 299, 1000])
+def test_prefill_in_chunks_equals_one_piece(chunk):
+    """Law 4."""
+    ids = prompt_ids(300)
+    model = tiny_model("llama")
+    states = []
+    for size in (chunk, 300):
+        cache = ra.RetrievalCache(model.config, small())
+        with torch.no_grad(), cache.exact():
+            for start in range(0, 300, size):
+                model(ids[:, start : start + size], past_key_values=cache)
+        states.append(cache)
+    for one, other in zip(states[0].memories, states[1].memories, strict=True):
+        torch.testing.assert_close(one.store.keys(), other.store.keys(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.store.values(), other.store.values(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.sample.queries(), other.sample.queries(), rtol=1e-4, atol=1e-4)
+
+
+def test_prefill_chunk_size_of_generate():
+    ids = prompt_ids(300)
+    stock = greedy(tiny_model("llama", "sdpa"), ids)
+    model = tiny_model("llama")
+    assert greedy(model, ids, ra.RetrievalCache(model.config, small()), prefill_chunk_size=64) == stock
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_left_padded_batch_equals_stock(kind):
+    """Law 7: padding changes neither what is near nor what is found."""
+    ids = prompt_ids(300, batch=3)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate((0, 17, 250)):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    stock = greedy(tiny_model(kind, "sdpa"), ids, attention_mask=mask)
+    model = tiny_model(kind)
+    cache = ra.RetrievalCache(model.config, small())
+    assert greedy(model, ids, cache, attention_mask=mask) == stock
+    assert [memory.length for memory in cache.retrieval_layers[0].memories] == [311, 294, 61]
+
+
+def test_position_gaps_do_not_change_membership():
+    """Law 7: windows and ids count tokens, not position ids."""
+    ids, model = prompt_ids(200), tiny_model("llama")
+    positions = torch.arange(200)[None] + (torch.arange(200)[None] > 100) * 700
+    caches = [ra.RetrievalCache(model.config, small()), DynamicCache(config=model.config)]
+    logits = []
+    for cache, attention in zip(caches, ("retrieval", "sdpa"), strict=True):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            model(ids[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
+            logits.append(model(ids[:, -1:], position_ids=positions[:, -1:], past_key_values=cache).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+    assert caches[0].memories[0].split == (4, 184, 200)
+
+
+def test_follow_up_turn_runs_only_new_tokens():
+    """Law 6."""
+    first, second = prompt_ids(300), prompt_ids(40, seed=1)
+    model = tiny_model("llama")
+    cache = ra.RetrievalCache(model.config, small())
+    answer = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    ids = torch.cat([answer, second], dim=1)
+    lengths = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    ours = greedy(model, ids, cache)
+    handle.remove()
+    assert lengths[0] == 41
+    assert ours == greedy(tiny_model("llama", "sdpa"), ids)
+
+
+def test_beam_search_equals_stock():
+    ids = prompt_ids(120)
+    stock = greedy(tiny_model("llama", "sdpa"), ids, num_beams=3, n=8)
+    model = tiny_model("llama")
+    assert greedy(model, ids, ra.RetrievalCache(model.config, small()), num_beams=3, n=8) == stock
+
+
+def test_prompt_lookup_decoding_equals_stock():
+    """Assisted generation rolls back rejected tokens: crop takes them out of window, store and index."""
+    ids = prompt_ids(40).repeat(1, 5)
+    stock = greedy(tiny_model("llama", "sdpa"), ids, eos_token_id=127)
+    model = tiny_model("llama")
+    cache = ra.RetrievalCache(model.config, small())
+    assert greedy(model, ids, cache, eos_token_id=127, prompt_lookup_num_tokens=4) == stock
+
+
+@pytest.mark.parametrize("index", ["exact", "ivf", "graph"])
+@pytest.mark.parametrize("tokens", [-30, 270])
+def test_crop_and_go_on_equals_a_run_that_never_went_there(index, tokens):
+    ids, other = prompt_ids(300), prompt_ids(50, seed=5)
+    model = tiny_model("llama")
+    config = small(index)
+    cache = ra.RetrievalCache(model.config, config)
+    model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    cache.start_builds()
+    cache.crop(tokens)
+    assert cache.get_seq_length() == 270
+    changed = torch.cat([ids[:, :270], other], dim=1)
+    assert greedy(model, changed, cache) == greedy(tiny_model("llama", "sdpa"), changed)
+
+
+def test_crop_keeps_all_layers_alike_when_one_refuses():
+    model = tiny_model("gemma3")
+    cache = ra.RetrievalCache(model.config, small())
+    with torch.no_grad():
+        model(prompt_ids(200), past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot go back to 190 tokens"):
+        cache.crop(-10)
+    assert {layer.get_seq_length() for layer in cache.layers} == {200}
+
+
+def test_interrupted_forward_pass_is_settled(monkeypatch):
+    model = tiny_model("llama")
+    cache = ra.RetrievalCache(model.config, small())
+    ids = prompt_ids(200)
+    with torch.no_grad():
+        model(ids[:, :150], past_key_values=cache)
+    attend, calls = type(cache.layers[1]).attend, []
+
+    def interrupt(self, *args):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return attend(self, *args)
+
+    monkeypatch.setattr(type(cache.layers[1]), "attend", interrupt)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(ids[:, 150:], past_key_values=cache)
+    monkeypatch.undo()
+    assert {layer.get_seq_length() for layer in cache.layers} == {150, 200}
+    cache.settle()
+    assert greedy(model, ids, cache) == greedy(tiny_model("llama", "sdpa"), ids)
+
+
+class TestRefusals:
+    def test_foreign_cache(self):
+        model = tiny_model("llama")
+        with pytest.raises(ValueError, match="needs the cache retrieval_attn.RetrievalCache"):
+            model.generate(prompt_ids(10), max_new_tokens=2)
+
+    def test_foreign_cache_of_a_hybrid(self):
+        model = tiny_model("gemma3")
+        with pytest.raises(ValueError, match="layer 1 needs the cache"):
+            model(prompt_ids(10), past_key_values=DynamicCache(config=model.config))
+
+    def test_models_that_cannot_be_served(self):
+        from transformers import DeepseekV3Config, Gemma2Config, MambaConfig, T5Config
+
+        for config, reason in (
+            (T5Config(), "'t5' is an encoder-decoder"),
+            (MambaConfig(), "'mamba' has no attention layers"),
+            (DeepseekV3Config(), "MLA"),
+            (Gemma2Config(), "softcaps"),
+        ):
+            with pytest.raises(ValueError, match=reason):
+                ra.RetrievalCache(config)
+
+    def test_nan_in_queries_is_named(self):
+        model = tiny_model("llama")
+        cache = ra.RetrievalCache(model.config, small(top_k=10))
+        with torch.no_grad():
+            model(prompt_ids(200), past_key_values=cache)
+            model.model.layers[0].self_attn.q_proj.weight.fill_(torch.nan)
+            with pytest.raises(ValueError, match=r"NaN"):
+                model(prompt_ids(1), past_key_values=cache)
+
+    def test_four_dimensional_mask(self):
+        model = tiny_model("llama")
+        cache = ra.RetrievalCache(model.config, small())
+        with pytest.raises(ValueError, match="padding masks"):
+            model(prompt_ids(4), attention_mask=torch.zeros(1, 1, 4, 4), past_key_values=cache)
+
+    def test_failed_build_surfaces(self, monkeypatch):
+        def broken(*args, **kwargs):
+            raise RuntimeError("the build broke")
+
+        monkeypatch.setattr("retrieval_attn.build.build_index", broken)
+        model = tiny_model("llama")
+        with pytest.raises(RuntimeError, match="the build broke"):
+            model.generate(prompt_ids(100), past_key_values=ra.RetrievalCache(model.config, small()), max_new_tokens=3)
+
+
+def test_kv_stays_16_bit_and_unchanged():
+    """Law 5: what was offloaded is gathered back bit for bit."""
+    config = LlamaConfig(**(tiny_config("llama").to_dict() | {"num_hidden_layers": 1}))
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    stock = DynamicCache(config=config)
+    cache = ra.RetrievalCache(config, small())
+    ids = prompt_ids(200)
+    with torch.no_grad():
+        model(ids, past_key_values=stock)
+        model.set_attn_implementation("retrieval")
+        model(ids, past_key_values=cache)
+    memory = cache.memories[0]
+    assert memory.store.keys().dtype == torch.bfloat16
+    assert torch.equal(memory.store.keys(), stock.layers[0].keys[0])
+    assert torch.equal(memory.store.values(), stock.layers[0].values[0])
