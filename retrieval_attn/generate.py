@@ -1,0 +1,246 @@
+"""The path of one request: prefill in chunks, builds in the background, then token after token."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from retrieval_attn.hf import RetrievalCache
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands: phase "prefill" counts tokens, phase "build" counts indexes."""
+
+    phase: str
+    done: int
+    total: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 takes the most likely one; otherwise tokens are drawn (seeded)."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+
+
+@dataclass
+class GenerationStats:
+    """What a request cost. Seconds are wall clock, bytes are bytes, fractions are of 1.
+
+    ttft_s: from the request to its first token. prefill_s: the prompt's forward passes. build_s: seconds that building
+    indexes took, in the background; build_wait_s of them were waited for. tpot_s: mean seconds per later token, that
+    wait excluded; itl_s lists each. visited_fraction: share of the far keys whose vector or code was read per step.
+    near_s, search_s, gather_s, merge_s: parts of all decode steps together, over all layers.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    ttft_s: float = 0.0
+    prefill_s: float = 0.0
+    build_s: float = 0.0
+    build_wait_s: float = 0.0
+    tpot_s: float = 0.0
+    e2e_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)
+    visited_fraction: float = 0.0
+    near_s: float = 0.0
+    search_s: float = 0.0
+    gather_s: float = 0.0
+    merge_s: float = 0.0
+    host_kv_bytes: int = 0
+    device_kv_bytes: int = 0
+    index_bytes: int = 0
+    rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    index: str = ""
+    stop_reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer: its text without special tokens, its token ids (the stop token included), and what it cost."""
+
+    text: str
+    token_ids: list[int]
+    stats: GenerationStats
+
+
+class Sampler:
+    """Chooses tokens from logits, with transformers' own warpers."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._greedy = sampling.temperature == 0
+        self._generator = torch.Generator(device).manual_seed(sampling.seed)
+        self._warpers = LogitsProcessorList()
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                self._warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, logits: Tensor) -> int:
+        """logits (1, V); raises ValueError if the model gave NaN."""
+        logits = logits.float()
+        if torch.isnan(logits).any():
+            raise ValueError("the model's logits hold NaN; check its weights and dtype (try dtype='float32')")
+        if self._greedy:
+            return int(logits.argmax(-1))
+        scores = self._warpers(None, logits)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+class Request:
+    """One answer to a token sequence whose first part a cache may hold already."""
+
+    def __init__(
+        self,
+        model: Any,
+        cache: RetrievalCache,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.sampling = sampling
+        self.stop_ids = frozenset(stop_ids)
+        self.stats = GenerationStats(index=cache.config.index)
+        self._on_progress = on_progress or (lambda progress: None)
+
+    @torch.no_grad()
+    def tokens(self, ids: list[int]) -> Iterator[int]:
+        """Yield the answer's tokens; `ids` is the whole sequence, of which the cache holds a proper prefix.
+
+        Ends after a stop token (yielded), `max_new_tokens`, or the model's longest context. An exception or a closed
+        iterator leaves the cache whole: all layers hold the same tokens, a prefix of what was asked and yielded.
+        """
+        started = time.perf_counter()
+        stats, cache = self.stats, self.cache
+        stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
+        cache.reset_clocks()
+        sample = Sampler(self.sampling, self.model.device)
+        n_most = min(self.sampling.max_new_tokens, longest_context(self.model.config) - len(ids))
+        try:
+            token = sample(self._prefill(ids[stats.reused_tokens :]))
+            stats.ttft_s = time.perf_counter() - started
+            builds = cache.start_builds()
+            while True:
+                stats.new_tokens += 1
+                stats.e2e_s = time.perf_counter() - started
+                stats.stop_reason = self._stop_reason(token, n_most)
+                yield token
+                if stats.stop_reason:
+                    return
+                builds = self._await_builds(builds)
+                token = self._step(token, sample)
+        finally:
+            cache.settle()
+            self._summarise()
+
+    @torch.no_grad()
+    def read(self, ids: list[int]) -> None:
+        """Prefill without answering, and begin the index builds; `ids` as in `tokens`."""
+        stats, cache = self.stats, self.cache
+        stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
+        try:
+            self._prefill(ids[stats.reused_tokens :], want_logits=False)
+            cache.start_builds()
+        finally:
+            cache.settle()
+            self._summarise()
+
+    def _prefill(self, ids: list[int], want_logits: bool = True) -> Tensor | None:
+        """Run the missing tokens exactly; returns the logits (1, V) of the last one if wanted. No others are made."""
+        started, logits = time.perf_counter(), None
+        chunk, n = self.cache.config.prefill_chunk, len(ids)
+        self._on_progress(Progress("prefill", 0, n))
+        with self.cache.exact():
+            for start in range(0, n, chunk):
+                part = torch.tensor([ids[start : start + chunk]], device=self.model.device)
+                if want_logits and start + chunk >= n:
+                    logits = self._forward(part)
+                else:
+                    self.model.base_model(input_ids=part, past_key_values=self.cache, use_cache=True)
+                self._on_progress(Progress("prefill", min(n, start + chunk), n))
+        self.stats.prefill_s = time.perf_counter() - started
+        return logits
+
+    def _await_builds(self, builds: list[Any]) -> list[Any]:
+        """Wait for the indexes with progress, once; later steps have none to wait for."""
+        if builds:
+            started = time.perf_counter()
+            self._on_progress(Progress("build", 0, len(builds)))
+            for i, build in enumerate(builds):
+                build.result()
+                self._on_progress(Progress("build", i + 1, len(builds)))
+            self.stats.build_wait_s = time.perf_counter() - started
+            self.stats.build_s = sum(memory.build_seconds for memory in self.cache.memories)
+        return []
+
+    def _step(self, token: int, sample: Sampler) -> int:
+        started = time.perf_counter()
+        token = sample(self._forward(torch.tensor([[token]], device=self.model.device)))
+        self.stats.itl_s.append(time.perf_counter() - started)
+        return token
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def _stop_reason(self, token: int, n_most: int) -> str:
+        if token in self.stop_ids:
+            return "stop"
+        if self.stats.new_tokens < n_most:
+            return ""
+        return "length" if n_most == self.sampling.max_new_tokens else "context"
+
+    def _summarise(self) -> None:
+        stats, cache = self.stats, self.cache
+        clocks = [layer.clock for layer in cache.retrieval_layers]
+        for part in ("near", "search", "gather", "merge"):
+            setattr(stats, f"{part}_s", sum(getattr(clock, part) for clock in clocks))
+        far = sum(clock.far for clock in clocks)
+        stats.visited_fraction = sum(clock.visited for clock in clocks) / far if far else 0.0
+        stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
+        stats.host_kv_bytes = sum(memory.store.nbytes for memory in cache.memories)
+        stats.device_kv_bytes = sum(memory.window.nbytes for memory in cache.memories)
+        stats.index_bytes = sum(index.nbytes for memory in cache.memories if (index := memory.index_if_built))
+        stats.rss_bytes = psutil.Process().memory_info().rss
+        if self.model.device.type == "cuda":
+            stats.peak_device_bytes = torch.cuda.max_memory_allocated(self.model.device)
+
+
+def longest_context(model_config: Any) -> int:
+    """Tokens that the model was made for; effectively unbounded if it does not say."""
+    text = model_config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None) or 1 << 60

@@ -1,0 +1,209 @@
+"""`load` a model, then `generate`, `stream`, or hold a `session`."""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.generate import Completion, OnProgress, Request, Sampling, longest_context
+from retrieval_attn.hf import NAME, RetrievalCache, refuse_unserved, register
+from retrieval_attn.plan import MemoryPlan, plan_memory
+from retrieval_attn.session import Session
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+WEIGHTS = ("auto", "bf16", "int8", "int4")
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+class LLM:
+    """A causal language model whose full-attention layers retrieve. Made by `load`.
+
+    One request at a time per session; sessions in several threads are independent.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: RetrievalConfig) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest context, prompt and answer together, that the model was made for."""
+        return longest_context(self.model.config)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: a text as it stands, chat messages through the model's template, ids unchanged.
+
+        Raises ValueError if it is empty or longer than the model's maximum, or messages are given to a model without
+        a chat template.
+        """
+        ids = self._encode(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(ids) >= self.max_tokens:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the model's maximum is {self.max_tokens} with at least one of them "
+                "for the answer; shorten the text"
+            )
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise ValueError(f"token ids must be between 0 and {vocabulary - 1}, got {min(ids)} to {max(ids)}")
+        return ids
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt, verbose=False)["input_ids"])
+        if isinstance(prompt, torch.Tensor):
+            return [int(i) for i in prompt.flatten()]
+        if prompt and isinstance(prompt[0], dict):
+            return self.encode_text(self.render(list(prompt), add_generation_prompt=True))  # type: ignore[arg-type]
+        return [int(i) for i in prompt]  # type: ignore[arg-type]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text that already holds the special tokens it needs."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Chat messages as text, through the model's template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                "the model's tokenizer has no chat template; give the prompt as a text instead of messages"
+            )
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def plan(self, n_tokens: int) -> MemoryPlan:
+        """The memory that a context of `n_tokens` will take."""
+        return plan_memory(self.model.config, n_tokens, self.model.dtype, self.config)
+
+    def generate(self, prompt: Prompt, *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
+        """Answer one prompt. Options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, seed=0.
+
+        Raises ValueError for an empty or too long prompt and bad options, MemoryError (before any work) if the machine
+        lacks the memory.
+        """
+        return self.session().answer(self.encode(prompt), on_progress=on_progress, **sampling)
+
+    def stream(self, prompt: Prompt, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
+        """Yield the answer to one prompt piece by piece; options as in `generate`."""
+        return self.session().stream_answer(self.encode(prompt), on_progress=on_progress, **sampling)
+
+    def session(self, system: str | None = None) -> Session:
+        """A conversation that keeps its KV cache between turns."""
+        return Session(self, system)
+
+    def restore(self, directory: str | Path) -> Session:
+        """A conversation saved by `Session.save`. Raises ValueError, with the reason, for anything else."""
+        from retrieval_attn.saved import restore_session
+
+        return restore_session(self, Path(directory))
+
+    def new_cache(self) -> RetrievalCache:
+        """An empty cache for this model."""
+        return RetrievalCache(self.model.config, self.config)
+
+    def request(self, cache: RetrievalCache, on_progress: OnProgress | None, sampling: dict[str, Any]) -> Request:
+        """A request against a cache, with this model's stop tokens."""
+        return Request(self.model, cache, Sampling(**sampling), self.stop_ids(), on_progress)
+
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        eos = self.model.generation_config.eos_token_id
+        ids = eos if isinstance(eos, list) else [eos]
+        return [i for i in (*ids, self.tokenizer.eos_token_id) if i is not None]
+
+
+def load(
+    model: str | Path | None = None,
+    config: RetrievalConfig | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    weights: str = "auto",
+) -> LLM:
+    """Load a causal language model for retrieval.
+
+    model: None for the small model that ships with the package; else a local folder or a hub id.
+    device: "auto" takes CUDA if there is one, else the CPU. dtype: "auto" is the checkpoint's own; or "float32",
+    "bfloat16", "float16". weights: "auto" as stored, "bf16", or "int8" / "int4" through bitsandbytes if installed.
+
+    Raises FileNotFoundError for a missing path, ValueError for a model that is not a causal LM or whose attention
+    cannot be served (named), ImportError with the install command for a missing extra. Model code from a hub is never
+    executed.
+    """
+    config = config or RetrievalConfig()
+    source = str(EMBEDDED if model is None else model)
+    _require_causal_lm(source)
+    register()
+    chosen = _choose_device(device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    options = _weight_options(weights, dtype)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, attn_implementation=NAME, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the model at {source!r} cannot be loaded: {_first_line(error)}") from error
+    if "quantization_config" not in options:
+        loaded = loaded.to(chosen)
+    return LLM(loaded.eval(), tokenizer, config)
+
+
+def _require_causal_lm(source: str) -> None:
+    looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    if not Path(source).expanduser().is_dir() and looks_local:
+        raise FileNotFoundError(
+            f"no model at {source!r}; give a folder with config.json and weights, a hub id like 'org/name', or nothing "
+            "for the embedded model"
+        )
+    try:
+        found = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model at {source!r} cannot be loaded: {_first_line(error)}") from error
+    refuse_unserved(found)
+    if type(found) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{source!r} is not a causal language model (its type is {found.model_type!r})")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _choose_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but PyTorch sees no CUDA device; use device='cpu' or 'auto'")
+    return chosen
+
+
+def _weight_options(weights: str, dtype: str | torch.dtype) -> dict[str, Any]:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    if weights == "auto":
+        return {"dtype": dtype}
+    if weights == "bf16":
+        return {"dtype": torch.bfloat16}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"weights={weights!r} needs bitsandbytes; pip install 'retrieval-attn[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    quantised = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if weights == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    )
+    return {"dtype": dtype, "quantization_config": quantised, "device_map": "auto"}

@@ -1,0 +1,221 @@
+"""A conversation: token ids are its truth, and only what is new is run."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from retrieval_attn.generate import Completion, OnProgress, Request
+
+if TYPE_CHECKING:
+    from retrieval_attn.llm import LLM
+
+log = logging.getLogger("retrieval_attn")
+
+# Stand-ins that a chat template is rendered with, to find the text around them.
+_MARK = "QQQmarkQQQ"
+_REPLY = "QQQreplyQQQ"
+
+
+class _Around(NamedTuple):
+    """What a chat template puts before and after the text of a user's turn."""
+
+    before: str
+    after: str
+
+
+class Session:
+    """Many turns over one KV cache. Made by `LLM.session` or `LLM.restore`.
+
+    Generated ids are kept as they are, never re-encoded, so the cached prefix always fits. An interrupted or failed
+    turn loses nothing: the conversation stays what it was (with what was answered so far), and tokens that were
+    prefilled are reused if they are asked again. Not for use from two threads at once.
+    """
+
+    def __init__(self, llm: "LLM", system: str | None = None) -> None:
+        self.llm = llm
+        self.system = system
+        self.cache = llm.new_cache()
+        self.token_ids: list[int] = []
+        self.messages: list[dict[str, str]] = []
+        self.last: Completion | None = None
+        self._cached: list[int] = []  # the ids whose keys the cache holds
+        self._answer_start: int | None = None
+        self._turn_open = False
+
+    # -- turns ---------------------------------------------------------------------------------------------------------
+
+    def ask(self, text: str, *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
+        """Answer a user's turn, after everything said before; options as in `LLM.generate`."""
+        for _ in self.stream(text, on_progress=on_progress, **sampling):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def stream(self, text: str, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
+        """As `ask`, but yields the answer piece by piece."""
+        if not text:
+            raise ValueError("the question is empty; say something")
+        around = self._around_turn()
+        before = "" if self._turn_open else around.before
+        ids = self._extended(before + text + around.after)
+        earlier, content = self.messages, text
+        if self._turn_open:
+            earlier, content = self.messages[:-1], self.messages[-1]["content"] + text
+        return self._stream_turn(ids, [*earlier, {"role": "user", "content": content}], on_progress, sampling)
+
+    def read(self, text: str, *, on_progress: OnProgress | None = None) -> None:
+        """Put a text into the user's turn and prefill it now; the question comes with the next `ask`."""
+        if not text.strip():
+            raise ValueError("the text is empty; there is nothing to read")
+        before = "" if self._turn_open else self._around_turn().before
+        ids = self._extended(before + text + "\n\n")
+        request = self._begin(ids, on_progress, {})
+        self._run(lambda: request.read(ids), ids)
+        self.token_ids = ids
+        earlier = self.messages.pop()["content"] if self._turn_open else ""
+        self.messages.append({"role": "user", "content": earlier + text + "\n\n"})
+        self._turn_open = True
+
+    def regenerate(self, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
+        """Answer the last turn again; yields the new answer, which replaces the old one."""
+        if self._answer_start is None:
+            raise ValueError("there is no answer to regenerate; ask something first")
+        asked = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+        return self._stream_turn(self.token_ids[: self._answer_start], asked, on_progress, sampling)
+
+    def clear(self) -> None:
+        """Forget the whole conversation."""
+        self.cache.cancel_builds()
+        self.cache = self.llm.new_cache()
+        self.token_ids, self.messages, self._cached = [], [], []
+        self.last, self._answer_start, self._turn_open = None, None, False
+
+    def answer(self, ids: list[int], *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
+        """Continue a token sequence that stands for the whole conversation so far."""
+        for _ in self.stream_answer(ids, on_progress=on_progress, **sampling):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def stream_answer(self, ids: list[int], *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
+        """As `answer`, but yields pieces of text. What the cache holds of `ids` is not run again."""
+        request = self._begin(ids, on_progress, sampling)
+        answer: list[int] = []
+        pieces = _Detokeniser(self.llm.decode)
+        tokens = request.tokens(ids)
+        try:
+            for token in tokens:
+                answer.append(token)
+                self.token_ids, self._answer_start, self._turn_open = ids + answer, len(ids), False
+                if piece := pieces.add(token):
+                    yield piece
+            if piece := pieces.flush():
+                yield piece
+        finally:
+            tokens.close()
+            self._cached = (ids + answer)[: self.cache.get_seq_length()]
+            self.last = Completion(self.llm.decode(answer), answer, request.stats)
+
+    def _stream_turn(
+        self, ids: list[int], asked: list[dict[str, str]], on_progress: OnProgress | None, sampling: dict[str, Any]
+    ) -> Iterator[str]:
+        """Answer, and remember the turn once there is an answer, if only its first token."""
+        self.last = None
+        try:
+            yield from self.stream_answer(ids, on_progress=on_progress, **sampling)
+        finally:
+            last: Completion | None = self.last
+            if last is not None and last.token_ids:
+                self.messages = [*asked, {"role": "assistant", "content": last.text}]
+
+    # -- storage -------------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write the conversation with its keys, values and indexes to a new folder; see `LLM.restore`."""
+        from retrieval_attn.saved import save_session
+
+        save_session(self, Path(directory))
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _begin(self, ids: list[int], on_progress: OnProgress | None, sampling: dict[str, Any]) -> Request:
+        """Check what is asked, drop what the cache holds beyond the common prefix, and make the request."""
+        request = self.llm.request(self.cache, on_progress, sampling)
+        self.llm.encode(ids)
+        held = sum(memory.store.nbytes for memory in self.cache.memories)
+        self.llm.plan(len(ids)).check(already=held)
+        keep = min(_common_prefix(ids, self._cached), len(ids) - 1)
+        if keep < len(self._cached):
+            self._go_back(keep)
+        request.cache = self.cache
+        return request
+
+    def _go_back(self, keep: int) -> None:
+        try:
+            self.cache.crop(keep - len(self._cached))
+        except ValueError as reason:
+            log.warning("prefilling anew: %s", reason)
+            self.cache, keep = self.llm.new_cache(), 0
+        self._cached = self._cached[:keep]
+
+    def _run(self, work: Callable[[], None], ids: list[int]) -> None:
+        try:
+            work()
+        finally:
+            self._cached = ids[: self.cache.get_seq_length()]
+
+    def _extended(self, text: str) -> list[int]:
+        """The conversation's ids followed by those of a text; a stop token that already stands there is not doubled."""
+        new = self.llm.encode_text(text) if self.token_ids or self._has_template else self.llm.encode(text)
+        if self.token_ids and new and new[0] == self.token_ids[-1] and new[0] in self.llm.stop_ids():
+            new = new[1:]
+        return self.token_ids + new
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.llm.tokenizer, "chat_template", None))
+
+    def _around_turn(self) -> _Around:
+        """The template's text before and after the next user turn; without a template, nothing."""
+        if not self._has_template:
+            return _Around("", "")
+        history = [{"role": "system", "content": self.system}] if self.system else []
+        if self.token_ids and not self._turn_open:
+            history += [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
+        rendered = self.llm.render([*history, {"role": "user", "content": _MARK}], add_generation_prompt=True)
+        before, after = rendered.split(_MARK)
+        return _Around(before.split(_REPLY)[-1], after)
+
+
+class _Detokeniser:
+    """Turns tokens into text that never shows half a character."""
+
+    # Decoding starts over from a few tokens back, so that a long answer costs no more per token than a short one.
+    _CONTEXT, _MOST = 8, 64
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        # A replacement character at the end is a character whose bytes have not all come.
+        return "" if text.endswith("\ufffd") else self._advance(text)
+
+    def flush(self) -> str:
+        return self._advance(self._decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        piece, self._shown = text[len(self._shown) :], text
+        if len(self._ids) > self._MOST:
+            self._ids = self._ids[-self._CONTEXT :]
+            self._shown = self._decode(self._ids)
+        return piece
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
