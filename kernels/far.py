@@ -1,0 +1,289 @@
+"""Attention over keys found in CPU memory: gather and attend in one pass, without copying a key.
+
+One task per KV head and query: collect the ids of the head group, score each key once for all its query heads, softmax,
+then the values. The rows lie anywhere in hundreds of megabytes, so the time goes into waiting for memory; the rows of
+the next keys and the values of this one are asked for ahead of use.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from retrieval_attn.host import Array, as_array, as_stored, jit, load, require_safe_threads
+
+from .merge import AttentionState
+
+# Keys scored at a time, while the next as many are on their way from memory.
+AHEAD = 8
+
+# Bytes that one request to memory brings.
+LINE = 64
+
+# 2**32 over the golden ratio: spreads neighbouring ids over the table.
+HASH = 2654435769
+
+
+class _Rows(NamedTuple):
+    """(G, S, D) as compiled code takes it: one flat array whatever the strides, so there is one compilation a dtype."""
+
+    flat: Array
+    group_stride: int
+    row_stride: int
+
+
+def attend_far(
+    query: Tensor, keys: Any, values: Any, ids: Any, scale: float, *, share_group: bool = True
+) -> AttentionState:
+    """Exact attention of one sequence over the keys named by `ids`.
+
+    query: (1, H, T, D) or (H, T, D) tensor in CPU memory.
+    keys: (G, S, D); values: (G, S, Dv); CPU tensors or NumPy arrays of float32, float16 or bfloat16, never converted as
+    a whole; any strides between rows, each row contiguous. KV head of query head h is h // R.
+    ids: (H, T, K) int32, -1 where there is none; an id named twice counts once.
+    share_group: True lets each query head attend to everything its head group found, which reads each key once and
+    recovers more mass; False lets it attend to its own ids only.
+    Returns out (1, H, T, Dv) in the query's dtype, accumulated in float32, and lse (1, H, T); a head without ids is
+    empty. Raises ValueError for shapes that do not fit, ids outside -1 .. S - 1, and NaN or infinity in the scores.
+    Leaves its arguments unchanged; safe from many threads.
+    """
+    require_safe_threads()
+    query = query if query.ndim == 4 else query[None]
+    key_array, value_array, found = as_array(keys, "keys"), as_array(values, "values"), as_array(ids, "ids")
+    _check(query, key_array, value_array, found)
+    _, H, T, _ = query.shape
+    R = H // key_array.shape[0]
+    wide = as_array(query.float(), "query")[0]
+    out = np.empty((H, T, value_array.shape[2]), np.float32)
+    lse = np.empty((H, T), np.float32)
+    _attend(
+        np.ascontiguousarray(wide), *_rows(key_array, "keys"), *_rows(value_array, "values"),
+        np.require(found, requirements=["C", "W"]), R, R if share_group else 1, np.float32(scale), out, lse,
+    )  # fmt: skip
+    _raise_if_nan(lse, wide)
+    return AttentionState(torch.from_numpy(out)[None].to(query.dtype), torch.from_numpy(lse)[None])
+
+
+def _check(query: Tensor, keys: Array, values: Array, ids: Array) -> None:
+    if query.ndim != 4 or query.shape[0] != 1 or not keys.ndim == values.ndim == ids.ndim == 3:
+        problem = "must be"
+    elif keys.shape[:2] != values.shape[:2] or keys.shape[2] != query.shape[3] or ids.shape[:2] != query.shape[1:3]:
+        problem = "must agree as"
+    elif keys.shape[0] == 0 or query.shape[1] % keys.shape[0]:
+        problem = "must have heads H a multiple of G in"
+    else:
+        problem = None
+    if problem:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, keys, values, ids))
+        wanted = "(1, H, T, D), (G, S, D), (G, S, Dv), (H, T, K)"
+        raise ValueError(f"query, keys, values and ids {problem} {wanted}, got {shapes}")
+    if ids.dtype != np.int32:
+        raise ValueError(f"ids must be int32, got {ids.dtype}")
+    if ids.size and (ids.min() < -1 or ids.max() >= keys.shape[1]):
+        bad = ids[(ids < -1) | (ids >= keys.shape[1])][0]
+        raise ValueError(f"ids must be between -1 (none) and {keys.shape[1] - 1} (the last key), got {bad}")
+
+
+def _rows(x: Array, name: str) -> _Rows:
+    x = as_stored(x)
+    if x.flags.c_contiguous:
+        return _Rows(x.reshape(-1), x.shape[1] * x.shape[2], x.shape[2])
+    if x.strides[2] != x.itemsize or min(x.strides) < 0 or any(step % x.itemsize for step in x.strides):
+        raise ValueError(f"each row of {name} must be contiguous, rows in rising order, got strides {x.strides} bytes")
+    steps = [step // x.itemsize for step in x.strides]
+    extent = 1 + sum(step * (n - 1) for step, n in zip(steps, x.shape, strict=True)) if x.size else 0
+    return _Rows(np.lib.stride_tricks.as_strided(x, (extent,), (x.itemsize,)), steps[0], steps[1])
+
+
+def _raise_if_nan(lse: Array, query: Array) -> None:
+    if not np.isnan(lse).any():
+        return
+    head = int(np.argwhere(np.isnan(lse))[0, 0])
+    if np.isnan(query[head]).any():
+        raise ValueError(f"query holds NaN in head {head}")
+    raise ValueError(f"the scores of head {head} hold NaN or infinity: look for them in its query, its keys and scale")
+
+
+@intrinsic
+def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index]; the index is not checked."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        read, keep, is_data = number(0), number(3), number(1)
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
+        builder.call(ask, [address, read, keep, is_data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@jit(parallel=True)
+def _attend(query, keys, key_group, key_row, values, value_group, value_row, ids, R, share, scale, out, lse):  # type: ignore[no-untyped-def]
+    """query (H, T, D), ids (H, T, K) -> out (H, T, Dv), lse (H, T); `share` heads go together: R, or 1."""
+    H, T, Dv = out.shape
+    K = ids.shape[2]
+    for task in numba.prange(H // share * T):
+        first, t = task // T * share, task % T
+        heads = slice(first, first + share)
+        group = first // R
+        found = np.empty(share * K, np.int64)
+        n = _union(ids[heads, t], found)
+        key_at = found[:n] * key_row + group * key_group
+        value_at = found[:n] * value_row + group * value_group
+        weights = np.empty((n, share), np.float32)
+        _score(query[heads, t] * scale, keys, key_at, values, value_at, Dv, weights)
+        _softmax(weights, lse[heads, t])
+        total = np.zeros((share, Dv), np.float32)
+        _add_values(weights, values, value_at, total)
+        out[heads, t] = total
+
+
+@jit()
+def _union(ids, found):  # type: ignore[no-untyped-def]
+    """Write the distinct ids of (share, K) to `found`, in order of appearance; returns how many there are."""
+    size = 16
+    while size < 2 * found.size:
+        size *= 2
+    table = np.full(size, -1, np.int32)
+    n = 0
+    for r in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            x = ids[r, j]
+            if x < 0:
+                continue
+            slot = (np.int64(x) * HASH >> 16) & (size - 1)
+            while table[slot] != -1 and table[slot] != x:
+                slot = (slot + 1) & (size - 1)
+            if table[slot] == -1:
+                table[slot] = x
+                found[n] = x
+                n += 1
+    return n
+
+
+@jit()
+def _score(query, keys, key_at, values, value_at, Dv, scores):  # type: ignore[no-untyped-def]
+    """query (share, D), scaled; scores (n, share)."""
+    share, D = query.shape
+    n = key_at.size
+    _ask(keys, key_at[:AHEAD], D)
+    for start in range(0, n, AHEAD):
+        block = slice(start, min(start + AHEAD, n))
+        _ask(keys, key_at[block.stop : block.stop + AHEAD], D)
+        _ask(values, value_at[block], Dv)
+        r = 0
+        while r + 4 <= share:
+            _score4(query[r : r + 4], keys, key_at[block], scores[block, r : r + 4])
+            r += 4
+        while r < share:
+            _score1(query[r], keys, key_at[block], scores[block, r])
+            r += 1
+
+
+@jit()
+def _ask(rows, row_at, dim):  # type: ignore[no-untyped-def]
+    step = LINE // rows.itemsize
+    for i in range(row_at.size):
+        for d in range(0, dim, step):
+            _prefetch(rows, row_at[i] + d)  # type: ignore[call-arg]
+
+
+# The loops below index with unsigned numbers: signed ones might count from the end, and testing for it stops
+# vectorisation. Slices are taken outside of loops: each costs two atomic reference counts.
+
+
+@jit()
+def _score4(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
+    """Four queries at once: each element of a key is read and widened once."""
+    q0, q1, q2, q3 = query[0], query[1], query[2], query[3]
+    for i in range(key_at.size):
+        at = np.uint64(key_at[i])
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for d in range(q0.size):
+            k = load(keys[at + np.uint64(d)])
+            s0 += q0[d] * k
+            s1 += q1[d] * k
+            s2 += q2[d] * k
+            s3 += q3[d] * k
+        scores[i, 0], scores[i, 1], scores[i, 2], scores[i, 3] = s0, s1, s2, s3
+
+
+@jit()
+def _score1(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
+    for i in range(key_at.size):
+        at = np.uint64(key_at[i])
+        total = np.float32(0)
+        for d in range(query.size):
+            total += query[d] * load(keys[at + np.uint64(d)])
+        scores[i] = total
+
+
+@jit()
+def _softmax(scores, lse):  # type: ignore[no-untyped-def]
+    """scores (n, share) become weights in place; lse (share,)."""
+    n, share = scores.shape
+    for r in range(share):
+        top = np.float32(-np.inf)
+        for i in range(n):
+            top = max(top, scores[i, r])
+        total = np.float32(0)
+        for i in range(n):
+            weight = math.exp(scores[i, r] - top)
+            scores[i, r] = weight
+            total += weight
+        lse[r] = top + math.log(total) if n else -np.inf
+        for i in range(n):
+            scores[i, r] /= total
+
+
+@jit()
+def _add_values(weights, values, value_at, total):  # type: ignore[no-untyped-def]
+    """total (share, Dv) += weights (n, share) of the values."""
+    share = total.shape[0]
+    r = 0
+    while r + 4 <= share:
+        _add4(weights[:, r : r + 4], values, value_at, total[r : r + 4])
+        r += 4
+    while r < share:
+        _add1(weights[:, r], values, value_at, total[r])
+        r += 1
+
+
+@jit()
+def _add4(weights, values, value_at, total):  # type: ignore[no-untyped-def]
+    """Two values to four heads at once; a last odd value is paired with itself, at weight zero."""
+    t0, t1, t2, t3 = total[0], total[1], total[2], total[3]
+    for i in range(0, value_at.size, 2):
+        j = min(i + 1, value_at.size - 1)
+        x_at, y_at = np.uint64(value_at[i]), np.uint64(value_at[j])
+        x0, x1, x2, x3 = weights[i, 0], weights[i, 1], weights[i, 2], weights[i, 3]
+        y0, y1, y2, y3 = weights[j, 0], weights[j, 1], weights[j, 2], weights[j, 3]
+        if i == j:
+            y0 = y1 = y2 = y3 = np.float32(0)
+        for d in range(t0.size):
+            x = load(values[x_at + np.uint64(d)])
+            y = load(values[y_at + np.uint64(d)])
+            t0[d] += x0 * x + y0 * y
+            t1[d] += x1 * x + y1 * y
+            t2[d] += x2 * x + y2 * y
+            t3[d] += x3 * x + y3 * y
+
+
+@jit()
+def _add1(weights, values, value_at, total):  # type: ignore[no-untyped-def]
+    for i in range(0, value_at.size, 2):
+        j = min(i + 1, value_at.size - 1)
+        x_at, y_at = np.uint64(value_at[i]), np.uint64(value_at[j])
+        w, u = weights[i], weights[j] if i < j else np.float32(0)
+        for d in range(total.size):
+            total[d] += w * load(values[x_at + np.uint64(d)]) + u * load(values[y_at + np.uint64(d)])

@@ -1,0 +1,86 @@
+"""Attention over a subset of the keys, and how two subsets become one.
+
+Softmax attention over disjoint sets of keys can be combined exactly from each set's output and the logarithm of its
+softmax denominator (Rabe and Staats 2021, arXiv 2112.05682). Only this file reads an `lse` again once it is made.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AttentionState(NamedTuple):
+    """Attention over a subset of keys, in a form that merges.
+
+    out: (B, H, T, D), weighted mean of the subset's values; zero if it is empty.
+    lse: (B, H, T) float32, natural log of the softmax denominator over scaled scores; -inf if it is empty.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    def to(self, device: torch.device | str) -> "AttentionState":
+        return AttentionState(self.out.to(device), self.lse.to(device))
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> "AttentionState":
+        """The state of no keys at all, the identity of `merge`. shape: that of `out`, (B, H, T, D)."""
+        lse = torch.full(shape[:-1], -torch.inf, dtype=torch.float32, device=device)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), lse)
+
+
+def merge(first: AttentionState, *others: AttentionState) -> AttentionState:
+    """Attention over the union of disjoint subsets of keys.
+
+    first, others: states of one shape on one device; their dtypes may differ.
+    Computed in float32; `out` keeps the dtype of the first. A side that is empty changes nothing: the other comes back
+    unrounded; all sides empty give the empty state. Commutes and associates within rounding, for any gap between the
+    `lse`. Leaves its arguments unchanged; may return one of them. Raises ValueError for other shapes or devices.
+    """
+    _check(first)
+    out, lse = first
+    for other in others:
+        _check(other)
+        _check_pair(first, other)
+        # Both weights are at most 1: the larger lse is subtracted inside sigmoid and logaddexp.
+        # Two empty sides differ by NaN; their outputs are both zero, so any weight will do.
+        share = torch.sigmoid(other.lse - lse).nan_to_num_()
+        out = torch.lerp(out.float(), other.out.float(), share[..., None])
+        lse = torch.logaddexp(lse, other.lse)
+    return AttentionState(out.to(first.out.dtype), lse)
+
+
+def attend(scores: Tensor, values: Tensor) -> AttentionState:
+    """The state of `values` under the softmax of `scores`, for code that has the scores at hand.
+
+    scores: (..., T, S), scaled, -inf where a query does not attend; values: (..., S, D), both of one wide dtype.
+    A row that attends to nothing, or S = 0, is empty.
+    """
+    if scores.shape[-1] == 0:
+        return AttentionState.empty((*scores.shape[:-1], values.shape[-1]), values.dtype, values.device)
+    # The lowest number in place of -inf: exp(-inf - lowest) is 0 where exp(-inf - -inf) would be NaN.
+    top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    # A row that attends has total >= 1. Dividing last is exact to the last bits; exp(scores - lse) would round by lse.
+    return AttentionState(weights @ values / total.clamp_min(1), (top + total.log())[..., 0])
+
+
+def _check(state: AttentionState) -> None:
+    out, lse = state
+    if out.shape[:-1] != lse.shape:
+        raise ValueError(
+            f"lse must have the shape of out but its last axis, got {tuple(lse.shape)} for {tuple(out.shape)}"
+        )
+
+
+def _check_pair(first: AttentionState, other: AttentionState) -> None:
+    if first.out.shape != other.out.shape:
+        raise ValueError(
+            f"states to merge must share a shape, got {tuple(first.out.shape)} and {tuple(other.out.shape)}"
+        )
+    if first.out.device != other.out.device or first.lse.device != other.lse.device:
+        raise ValueError(f"states to merge must be on one device, got {first.out.device} and {other.out.device}")
