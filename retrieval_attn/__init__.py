@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from retrieval_attn.config import RetrievalConfig
 
 if TYPE_CHECKING:
+    from retrieval_attn.generate import Completion
     from retrieval_attn.hf import RetrievalCache, register, unregister
-    from retrieval_attn.llm import LLM, Completion, load
+    from retrieval_attn.llm import LLM, load
     from retrieval_attn.session import Session
 
 __version__ = "0.1.0"

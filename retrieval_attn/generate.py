@@ -1,7 +1,7 @@
 """The path of one request: prefill in chunks, builds in the background, then token after token."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -138,7 +138,7 @@ class Request:
         self._on_progress = on_progress or (lambda progress: None)
 
     @torch.no_grad()
-    def tokens(self, ids: list[int]) -> Iterator[int]:
+    def tokens(self, ids: list[int]) -> Generator[int, None, None]:
         """Yield the answer's tokens; `ids` is the whole sequence, of which the cache holds a proper prefix.
 
         Ends after a stop token (yielded), `max_new_tokens`, or the model's longest context. An exception or a closed
@@ -179,9 +179,9 @@ class Request:
             cache.settle()
             self._summarise()
 
-    def _prefill(self, ids: list[int], want_logits: bool = True) -> Tensor | None:
-        """Run the missing tokens exactly; returns the logits (1, V) of the last one if wanted. No others are made."""
-        started, logits = time.perf_counter(), None
+    def _prefill(self, ids: list[int], want_logits: bool = True) -> Tensor:
+        """Run the missing tokens exactly; returns the logits (1, V) of the last one, if wanted."""
+        started, logits = time.perf_counter(), torch.empty(0)
         chunk, n = self.cache.config.prefill_chunk, len(ids)
         self._on_progress(Progress("prefill", 0, n))
         with self.cache.exact():

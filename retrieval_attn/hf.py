@@ -266,7 +266,7 @@ class RetrievalCache(DynamicCache):
         super().__init__(config=model_config)
         capacity = _max_positions(model_config) or DEFAULT_CAPACITY
         # Exact type: subclasses are other kinds of layer.
-        self.layers = [
+        self.layers: list[Any] = [
             RetrievalLayer(config, capacity) if type(layer) is DynamicLayer else layer for layer in self.layers
         ]
         self.config = config
@@ -311,12 +311,7 @@ class RetrievalCache(DynamicCache):
             return []
         self._cancelled.clear()
         threads = self.config.threads
-        pool = ThreadPoolExecutor(
-            max_workers=1,
-            thread_name_prefix="retrieval-build",
-            initializer=set_threads if threads else None,
-            initargs=(threads,) if threads else (),
-        )
+        pool = ThreadPoolExecutor(1, "retrieval-build", initializer=lambda: _use_threads(threads))
         builds = []
         for memory in waiting:
             building = pool.submit(memory.build, self._cancelled.is_set)
@@ -362,6 +357,11 @@ class RetrievalCache(DynamicCache):
         """Start the measurement of steps anew."""
         for layer in self.retrieval_layers:
             layer.clock = StepClock()
+
+
+def _use_threads(n: int | None) -> None:
+    if n is not None:
+        set_threads(n)
 
 
 def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:

@@ -57,7 +57,7 @@ def as_stored(x: Array) -> Array:
 
 
 @intrinsic
-def _bfloat16_to_float32(typingctx: Any, bits: Any) -> Any:
+def _bfloat16_to_float32(typingctx, bits):  # type: ignore[no-untyped-def]
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(wide, ir.FloatType())
@@ -66,7 +66,7 @@ def _bfloat16_to_float32(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _float16_to_float32(typingctx: Any, bits: Any) -> Any:
+def _float16_to_float32(typingctx, bits):  # type: ignore[no-untyped-def]
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
@@ -82,9 +82,9 @@ def load(x: Any) -> float:
 @overload(load, inline="always")
 def _load(x):  # type: ignore[no-untyped-def]
     if x == types.uint16:
-        return lambda x: _bfloat16_to_float32(x)
+        return lambda x: _bfloat16_to_float32(x)  # type: ignore[call-arg]
     if x == types.int16:
-        return lambda x: _float16_to_float32(x)
+        return lambda x: _float16_to_float32(x)  # type: ignore[call-arg]
     return lambda x: np.float32(x)
 
 
@@ -114,7 +114,7 @@ def require_safe_threads() -> None:
     if _pool_checked:
         return
     _touch_pool(numba.get_num_threads())
-    layer = numba.threading_layer()
+    layer = numba.threading_layer()  # type: ignore[attr-defined]
     if layer == "workqueue":
         raise RuntimeError(
             "numba's threading layer must be 'omp' or 'tbb', got 'workqueue', which aborts when two threads use it; "
@@ -125,7 +125,8 @@ def require_safe_threads() -> None:
 
 def set_threads(n: int) -> None:
     """Let numba's parallel loops, called from this thread, use at most `n` cores (and at least one)."""
-    numba.set_num_threads(max(1, min(n, numba.config.NUMBA_NUM_THREADS)))
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(max(1, min(n, most)))
 
 
 class announce_compilation:

@@ -3,10 +3,11 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from retrieval_attn.config import RetrievalConfig
@@ -15,7 +16,7 @@ from retrieval_attn.hf import NAME, RetrievalCache, refuse_unserved, register
 from retrieval_attn.plan import MemoryPlan, plan_memory
 from retrieval_attn.session import Session
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+Prompt = str | Tensor | Sequence[int] | Sequence[dict[str, str]]
 
 WEIGHTS = ("auto", "bf16", "int8", "int4")
 
@@ -60,11 +61,11 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, verbose=False)["input_ids"])
-        if isinstance(prompt, torch.Tensor):
+        if isinstance(prompt, Tensor):
             return [int(i) for i in prompt.flatten()]
         if prompt and isinstance(prompt[0], dict):
-            return self.encode_text(self.render(list(prompt), add_generation_prompt=True))  # type: ignore[arg-type]
-        return [int(i) for i in prompt]  # type: ignore[arg-type]
+            return self.encode_text(self.render(cast(list[dict[str, str]], prompt), add_generation_prompt=True))
+        return [int(i) for i in cast(Sequence[int], prompt)]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text that already holds the special tokens it needs."""
