@@ -1,0 +1,340 @@
+"""The `retrieval-attn` command. What a command needs is imported inside it, so that --help is quick."""
+
+import json
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from retrieval_attn.chat import (
+    REPORTED,
+    Chat,
+    PhaseBar,
+    is_a_person,
+    is_session,
+    one_line,
+    read_text,
+    remember_lines,
+    session_folder,
+    show_answer,
+    stats_line,
+)
+from retrieval_attn.config import RetrievalConfig
+
+if TYPE_CHECKING:
+    from retrieval_attn.llm import LLM
+    from retrieval_attn.session import Session
+
+
+class _Benchmarks(TyperGroup):
+    """Imports a benchmark only when it is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return ["latency"]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name != "latency":
+            return None
+        from retrieval_attn.bench.latency import command
+
+        holder = typer.Typer(add_completion=False)
+        holder.command("latency")(command)
+        return typer.main.get_command(holder)
+
+
+app = typer.Typer(
+    help="Talk to very long documents: the KV cache in CPU memory, found again by an attention-aware index.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench_app = typer.Typer(cls=_Benchmarks, help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Measure this machine."""
+
+
+def _option(text: str, *names: str, panel: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+MODEL, RETRIEVAL, ANSWER = "Model", "Retrieval", "Answer"
+Model = Annotated[str | None, _option("Folder or hub id (default: the embedded model)", "--model", "-m", panel=MODEL)]
+Device = Annotated[str, _option("auto, cpu, cuda, cuda:1 ...", "--device", panel=MODEL)]
+Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16", "--dtype", panel=MODEL)]
+Weights = Annotated[str, _option("auto, bf16, int8 or int4", "--weights", panel=MODEL)]
+Index = Annotated[str | None, _option("graph, exact or ivf (default: graph)", "--index", panel=RETRIEVAL)]
+TopK = Annotated[int | None, _option("Keys retrieved per head (default: 100)", "--top-k", panel=RETRIEVAL)]
+NSink = Annotated[int | None, _option("First tokens kept near (default: 128)", "--n-sink", panel=RETRIEVAL)]
+NLocal = Annotated[int | None, _option("Last tokens kept near (default: 512)", "--n-local", panel=RETRIEVAL)]
+Threads = Annotated[int | None, _option("CPU threads (default: all cores)", "--threads", panel=RETRIEVAL)]
+MaxNewTokens = Annotated[int, _option("Longest answer (default: 512)", "--max-new-tokens", "-n", panel=ANSWER)]
+Temperature = Annotated[float, _option("0 takes the likeliest token (default: 0)", "--temperature", panel=ANSWER)]
+TopP = Annotated[float, _option("Draw from this share of probability (default: 1)", "--top-p", panel=ANSWER)]
+Seed = Annotated[int, _option("Makes draws and index builds repeatable (default: 0)", "--seed", panel=ANSWER)]
+Files = Annotated[list[Path] | None, typer.Option("--file", "-f", help="Read this file first; may be repeated.")]
+Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="A line of statistics after an answer.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from retrieval_attn import __version__
+
+        print(f"retrieval-attn {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    file: Files = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer, exit.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            "--session", help="Name or folder: restored if it exists; /save writes to it, and so does --prompt."
+        ),
+    ] = None,
+    stats: Stats = True,
+    index: Index = None,
+    top_k: TopK = None,
+    n_sink: NSink = None,
+    n_local: NLocal = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    weights: Weights = "auto",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model about long texts. /help inside lists what can be done.
+
+    Piped input is taken line by line, each line a turn; the exit status is 1 if one of them failed.
+    """
+    config = _config(index=index, top_k=top_k, n_sink=n_sink, n_local=n_local, threads=threads, seed=seed)
+    texts = _texts(file)
+    folder = session_folder(session) if session is not None else None
+    notes = Console(stderr=True) if prompt is not None else Console()
+    llm = _load(notes, model, config, device=device, dtype=dtype, weights=weights)
+    options = _sampling(max_new_tokens, temperature, top_p, seed)
+    talk = Chat(
+        _open(llm, folder, system, notes),
+        Console(),
+        notes=notes,
+        options=options,
+        stats=stats,
+        folder=folder,
+        interactive=prompt is None and is_a_person(),
+    )
+    if prompt is None:
+        raise typer.Exit(_converse(talk, texts))
+    _ask_once(talk, texts, prompt)
+
+
+def _converse(talk: Chat, texts: dict[str, str]) -> int:
+    if talk.interactive:
+        remember_lines()
+        talk.notes.print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", style="dim")
+    if texts and not talk.attempt(lambda: talk.read(texts)) and not talk.interactive:
+        return 1
+    return talk.run()
+
+
+def _ask_once(talk: Chat, texts: dict[str, str], prompt: str) -> None:
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; say something")
+    try:
+        talk.read(texts)
+        talk.ask(prompt)
+        if talk.folder is not None:
+            talk.session.save(talk.folder)
+    finally:
+        talk.session.cache.cancel_builds()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; after the --file texts, if any. Default: standard input.")
+    ] = None,
+    model: Model = None,
+    file: Files = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it stands, without chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text, token ids and statistics as JSON.")] = False,
+    stats: Stats = True,
+    index: Index = None,
+    top_k: TopK = None,
+    n_sink: NSink = None,
+    n_local: NLocal = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    weights: Weights = "auto",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Answer one prompt. Only the answer goes to standard output."""
+    config = _config(index=index, top_k=top_k, n_sink=n_sink, n_local=n_local, threads=threads, seed=seed)
+    text = _prompt(prompt, _texts(file))
+    notes = Console(stderr=True)
+    llm = _load(notes, model, config, device=device, dtype=dtype, weights=weights)
+    options = _sampling(max_new_tokens, temperature, top_p, seed)
+    templated = bool(llm.tokenizer.chat_template) and not raw
+    session = llm.session()
+    try:
+        with PhaseBar(notes, session) as bar:
+            ids = llm.encode([{"role": "user", "content": text}] if templated else text)
+            pieces = session.stream_answer(ids, on_progress=bar, **options)
+            show_answer((lambda piece: None) if as_json else _write, pieces, keep_blanks=not templated)
+    finally:
+        session.cache.cancel_builds()
+    assert session.last is not None
+    if as_json:
+        done = session.last
+        print(json.dumps({"text": done.text, "token_ids": done.token_ids, "stats": done.stats.as_dict()}))
+    else:
+        print()
+    if stats:
+        notes.print(stats_line(session.last.stats), style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the document.", min=2048)] = 65536,
+    questions: Annotated[int, typer.Option("--questions", help="Facts asked for.", min=1, max=48)] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Makes the document and the index repeatable.", min=0)] = 0,
+) -> None:
+    """Hide facts in a long document, ask for them, and compare with full attention in stock transformers."""
+    console = Console()
+    with _waiting(console, "importing"):
+        _quiet_transformers()
+        from retrieval_attn.bench.demo import run_demo
+    raise typer.Exit(run_demo(tokens, questions, seed, console))
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _texts(files: list[Path] | None) -> dict[str, str]:
+    return {str(path): read_text(str(path)) for path in files or []}
+
+
+def _prompt(prompt: str | None, texts: dict[str, str]) -> str:
+    parts = [*texts.values(), *([prompt] if prompt is not None else [])]
+    if not parts:
+        if is_a_person():
+            raise ValueError("there is no prompt; give one as an argument, with --file, or on standard input")
+        parts = [sys.stdin.read()]
+    text = "\n\n".join(parts)
+    if not text.strip():
+        raise ValueError("the prompt is empty; say something")
+    return text
+
+
+def _config(**options: Any) -> RetrievalConfig:
+    """A config from what was given on the command line; None leaves the default."""
+    return RetrievalConfig(**{name: value for name, value in options.items() if value is not None})
+
+
+def _sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> dict[str, Any]:
+    from retrieval_attn.generate import Sampling
+
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    Sampling(**options)  # type: ignore[arg-type]
+    return options
+
+
+def _load(notes: Console, model: str | None, config: RetrievalConfig, **options: str) -> "LLM":
+    if options["dtype"] not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {options['dtype']!r}")
+    with _waiting(notes, f"loading {model or 'the embedded model'}"):
+        _quiet_transformers()
+        from retrieval_attn.llm import load
+
+        return load(model, config, **options)
+
+
+def _open(llm: "LLM", folder: Path | None, system: str | None, notes: Console) -> "Session":
+    """The session saved in `folder`, if there is one, else a new one."""
+    if folder is None or not is_session(folder):
+        return llm.session(system)
+    with _waiting(notes, f"loading {folder}"):
+        restored = llm.restore(folder)
+    if system is not None and system != restored.system:
+        raise ValueError(f"the session in {folder} has its own system message; leave --system away")
+    notes.print(
+        f"loaded {folder}: {len(restored.token_ids)} tokens, {len(restored.messages)} messages",
+        style="dim",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return restored
+
+
+def _waiting(console: Console, what: str) -> AbstractContextManager[Any]:
+    """A spinner, where someone sees it."""
+    return console.status(what) if console.is_terminal else nullcontext()
+
+
+def _quiet_transformers() -> None:
+    """No warnings and no bars of transformers; downloads keep theirs."""
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The console script: runs a command and exits; what a person can mend is reported in one line."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # Bytes and characters that a terminal's encoding lacks must not end a chat.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        app(args=arguments)
+    except SystemExit as leaving:
+        if leaving.code == 130:
+            _fail("interrupted", 130)
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except REPORTED as error:
+        if os.environ.get("RETRIEVAL_ATTN_DEBUG") == "1":
+            raise
+        _fail(f"error: {one_line(error)}", 2)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
