@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from retrieval_attn.index import Index
 from retrieval_attn.kernels import AttentionState, attend_far, attend_near, merge
 from retrieval_attn.memory import LayerMemory
 
@@ -49,19 +50,23 @@ def decode(query: Tensor, memory: LayerMemory, scale: float, clock: StepClock) -
     earlier query of a block may see. Returns (1, H, T, D) and (1, H, T) on the query's device.
     """
     assert query.shape[2] == 1
+    # Before the clock starts: waiting for a build, or taking in a token that left the window, is not searching.
+    index = memory.index() if memory.split.n_far else None
     lap = Lap(clock)
     near = attend_near(query, memory.window.keys(), memory.window.values(), scale)
     lap.to("near")
-    if memory.split.n_far == 0:
+    if index is None:
         return near
-    far = _attend_far(query, memory, scale, clock, lap)
+    far = _attend_far(query, memory, index, scale, clock, lap)
     out = merge(near, far.to(query.device))
     lap.to("merge")
     return out
 
 
-def _attend_far(query: Tensor, memory: LayerMemory, scale: float, clock: StepClock, lap: Lap) -> AttentionState:
-    config, index = memory.config, memory.index()
+def _attend_far(
+    query: Tensor, memory: LayerMemory, index: Index, scale: float, clock: StepClock, lap: Lap
+) -> AttentionState:
+    config = memory.config
     on_host = query[0].detach().float().cpu()
     hits = index.search(on_host, config.top_k, effort=config.effort)
     clock.visited += float(np.mean(hits.visited))

@@ -302,23 +302,22 @@ class RetrievalCache(DynamicCache):
                 layer.phase = "auto"
 
     def start_builds(self) -> list["Future[Any]"]:
-        """Build the missing indexes in a background thread, first layer first; returns one future per index.
+        """Build the missing indexes in a background thread, first layer first; returns the builds now under way.
 
         A step that needs an index waits for it; an error of the build is raised there.
         """
         waiting = [memory for memory in self.memories if memory.wants_build()]
-        if not waiting:
-            return []
+        if waiting:
+            self._submit_builds(waiting)
+        return [memory.building for memory in self.memories if memory.building is not None]
+
+    def _submit_builds(self, waiting: list[LayerMemory]) -> None:
         self._cancelled.clear()
         threads = self.config.threads
         pool = ThreadPoolExecutor(1, "retrieval-build", initializer=lambda: _use_threads(threads))
-        builds = []
         for memory in waiting:
-            building = pool.submit(memory.build, self._cancelled.is_set)
-            memory.build_later(building)
-            builds.append(building)
+            memory.build_later(pool.submit(memory.build, self._cancelled.is_set))
         pool.shutdown(wait=False)
-        return builds
 
     def cancel_builds(self) -> None:
         """Stop builds under way and those not begun; a later step starts them anew."""

@@ -20,6 +20,8 @@ Prompt = str | Tensor | Sequence[int] | Sequence[dict[str, str]]
 
 WEIGHTS = ("auto", "bf16", "int8", "int4")
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
@@ -194,8 +196,11 @@ def _choose_device(device: str | torch.device) -> torch.device:
 def _weight_options(weights: str, dtype: str | torch.dtype) -> dict[str, Any]:
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
     if weights == "auto":
-        return {"dtype": dtype}
+        return {"dtype": name}
     if weights == "bf16":
         return {"dtype": torch.bfloat16}
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -207,4 +212,4 @@ def _weight_options(weights: str, dtype: str | torch.dtype) -> dict[str, Any]:
         if weights == "int8"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     )
-    return {"dtype": dtype, "quantization_config": quantised, "device_map": "auto"}
+    return {"dtype": name, "quantization_config": quantised, "device_map": "auto"}

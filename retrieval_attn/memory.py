@@ -80,6 +80,11 @@ class LayerMemory:
         """Let the first search wait for a build that runs elsewhere; its failure surfaces there."""
         self._building = building
 
+    @property
+    def building(self) -> "Future[Index] | None":
+        """The build that the next search will wait for, if there is one."""
+        return self._building
+
     def forget_build(self) -> None:
         """Give up a build that has not finished; the next search starts anew."""
         if self._building is not None and not (self._building.done() and self._building.exception() is None):
@@ -108,10 +113,11 @@ class LayerMemory:
             self._index, self._building = self._building.result(), None
         if self._index is None:
             return
-        if self.split.n_far == 0:
+        # Cut by more than half, an index no longer suits its keys: the next search builds a new one.
+        if 2 * self.split.n_far < self._index.n_keys:
             self._index = None
         elif self.split.n_far < self._index.n_keys:
-            self._index = None
+            self._index.truncate(self.split.n_far)
 
     def copy(self) -> "LayerMemory":
         """An independent memory with the same tokens; it builds its own index."""

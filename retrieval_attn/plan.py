@@ -35,8 +35,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.n_tokens} tokens: {self.host_kv / GIB:.2f} GiB of keys and values and {self.index / GIB:.2f} GiB of "
-            f"index in CPU memory, {self.device_kv / GIB:.2f} GiB near"
+            f"{self.n_tokens} tokens: {self.host_kv / GIB:.2f} GiB of keys and values and {self.index / GIB:.2f} GiB "
+            f"of index in CPU memory, {self.device_kv / GIB:.2f} GiB near"
         )
 
     def check(self, already: int = 0) -> None:
@@ -45,8 +45,8 @@ class MemoryPlan:
         need = self.host - already
         if need > free:
             raise MemoryError(
-                f"{self.n_tokens} tokens need {need / GIB:.1f} GiB more of CPU memory, but {free / GIB:.1f} GiB are free; "
-                "use a shorter text, close other programs, or choose a model with fewer KV heads"
+                f"{self.n_tokens} tokens need {need / GIB:.1f} GiB more of CPU memory, but {free / GIB:.1f} GiB are "
+                "free; use a shorter text, close other programs, or choose a model with fewer KV heads"
             )
 
 

@@ -54,11 +54,7 @@ def restore_session(llm: "LLM", directory: Path) -> "Session":
     manifest = _read_manifest(directory)
     if manifest["model"] != fingerprint(llm):
         raise ValueError(f"{directory} was saved with another model; load that one to restore it")
-    config = RetrievalConfig.from_dict(manifest["config"])
-    if config != llm.config:
-        raise ValueError(
-            f"{directory} was saved with other options; load the model with config=RetrievalConfig(**{manifest['config']})"
-        )
+    _check_config(directory, RetrievalConfig.from_dict(manifest["config"]), llm.config)
     _check_files(directory, manifest["files"])
     session = llm.session(manifest["system"])
     session.token_ids, session.messages = manifest["token_ids"], manifest["messages"]
@@ -68,6 +64,16 @@ def restore_session(llm: "LLM", directory: Path) -> "Session":
         if manifest["cached"]:
             _read_layer(layer, directory, i, llm.model.device)
     return session
+
+
+def _check_config(directory: Path, saved: RetrievalConfig, ours: RetrievalConfig) -> None:
+    """Options that decide what is stored must agree; the others may differ."""
+    for name in ("index", "n_sink", "n_local", "exact_below"):
+        if getattr(saved, name) != getattr(ours, name):
+            raise ValueError(
+                f"{directory} was saved with {name}={getattr(saved, name)!r}, but the model is loaded with "
+                f"{getattr(ours, name)!r}; load it with the saved value"
+            )
 
 
 def fingerprint(llm: "LLM") -> str:

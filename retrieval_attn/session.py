@@ -16,6 +16,9 @@ log = logging.getLogger("retrieval_attn")
 _MARK = "QQQmarkQQQ"
 _REPLY = "QQQreplyQQQ"
 
+# What stands between the texts of one user turn.
+_BETWEEN = "\n\n"
+
 
 class _Around(NamedTuple):
     """What a chat template puts before and after the text of a user's turn."""
@@ -57,25 +60,21 @@ class Session:
         if not text:
             raise ValueError("the question is empty; say something")
         around = self._around_turn()
-        before = "" if self._turn_open else around.before
-        ids = self._extended(before + text + around.after)
-        earlier, content = self.messages, text
-        if self._turn_open:
-            earlier, content = self.messages[:-1], self.messages[-1]["content"] + text
-        return self._stream_turn(ids, [*earlier, {"role": "user", "content": content}], on_progress, sampling)
+        ids = self._extended(around.before + text + around.after)
+        return self._stream_turn(ids, self._with_user_text(text), on_progress, sampling)
 
     def read(self, text: str, *, on_progress: OnProgress | None = None) -> None:
         """Put a text into the user's turn and prefill it now; the question comes with the next `ask`."""
         if not text.strip():
             raise ValueError("the text is empty; there is nothing to read")
-        before = "" if self._turn_open else self._around_turn().before
-        ids = self._extended(before + text + "\n\n")
+        ids = self._extended(self._around_turn().before + text)
         request = self._begin(ids, on_progress, {})
-        self._run(lambda: request.read(ids), ids)
-        self.token_ids = ids
-        earlier = self.messages.pop()["content"] if self._turn_open else ""
-        self.messages.append({"role": "user", "content": earlier + text + "\n\n"})
-        self._turn_open = True
+        try:
+            request.read(ids)
+        finally:
+            self._cached = ids[: self.cache.get_seq_length()]
+        self.messages = self._with_user_text(text)
+        self.token_ids, self._turn_open = ids, True
 
     def regenerate(self, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
         """Answer the last turn again; yields the new answer, which replaces the old one."""
@@ -159,11 +158,11 @@ class Session:
             self.cache, keep = self.llm.new_cache(), 0
         self._cached = self._cached[:keep]
 
-    def _run(self, work: Callable[[], None], ids: list[int]) -> None:
-        try:
-            work()
-        finally:
-            self._cached = ids[: self.cache.get_seq_length()]
+    def _with_user_text(self, text: str) -> list[dict[str, str]]:
+        """The messages, with a text added to the user's open turn or as a new one."""
+        if not self._turn_open:
+            return [*self.messages, {"role": "user", "content": text}]
+        return [*self.messages[:-1], {"role": "user", "content": self.messages[-1]["content"] + _BETWEEN + text}]
 
     def _extended(self, text: str) -> list[int]:
         """The conversation's ids followed by those of a text; a stop token that already stands there is not doubled."""
@@ -177,15 +176,15 @@ class Session:
         return bool(getattr(self.llm.tokenizer, "chat_template", None))
 
     def _around_turn(self) -> _Around:
-        """The template's text before and after the next user turn; without a template, nothing."""
+        """What comes before and after the user's next text: the template's, or a blank line within an open turn."""
         if not self._has_template:
-            return _Around("", "")
+            return _Around(_BETWEEN if self._turn_open else "", "")
         history = [{"role": "system", "content": self.system}] if self.system else []
         if self.token_ids and not self._turn_open:
             history += [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
         rendered = self.llm.render([*history, {"role": "user", "content": _MARK}], add_generation_prompt=True)
         before, after = rendered.split(_MARK)
-        return _Around(before.split(_REPLY)[-1], after)
+        return _Around(_BETWEEN if self._turn_open else before.split(_REPLY)[-1], after)
 
 
 class _Detokeniser:

@@ -1,5 +1,7 @@
 """The sample of prefill queries: even, recent, and the same however the prompt was cut."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_sample_is_even_and_recent(length, size):
     assert kept[-min(length, RECENT_QUERIES) :] == list(range(max(0, length - RECENT_QUERIES), length))
     spread = [t for t in kept if t < length - RECENT_QUERIES]
     assert len(spread) < 2 * size
-    strides = {b - a for a, b in zip(spread, spread[1:], strict=False)}
+    strides = {b - a for a, b in pairwise(spread)}
     assert len(strides) <= 1
     for stride in strides:
         assert min(length, size) <= -(-length // stride) < 2 * size

@@ -130,6 +130,10 @@ class TestRefusals:
             with pytest.raises(ValueError, match="no CUDA device"):
                 ra.load(folder, device="cuda")
 
+    def test_dtype(self, folder):
+        with pytest.raises(ValueError, match="dtype must be one of 'auto', 'float32', 'bfloat16', 'float16'"):
+            ra.load(folder, dtype="float7")
+
     def test_missing_extra_names_the_command(self, folder, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ImportError, match=r"pip install 'retrieval-attn\[quant\]'"):

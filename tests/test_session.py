@@ -1,5 +1,6 @@
 """Sessions: many turns, nothing re-run, nothing lost, saved and restored."""
 
+import dataclasses
 import json
 
 import pytest
@@ -68,9 +69,7 @@ def test_template_text_of_a_second_turn(llm):
     session.cache.crop(len(session._cached) - session.cache.get_seq_length())
     session.ask("Two", max_new_tokens=1)
     text = llm.tokenizer.decode(session.token_ids[:-1])
-    assert text == (
-        "<|system|>Be brief.<|end|><|user|>One<|end|><|assistant|>ok<|end|><|user|>Two<|end|><|assistant|>"
-    )
+    assert text == ("<|system|>Be brief.<|end|><|user|>One<|end|><|assistant|>ok<|end|><|user|>Two<|end|><|assistant|>")
 
 
 def test_read_then_ask_equals_asking_with_the_text(llm):
@@ -82,6 +81,7 @@ def test_read_then_ask_equals_asking_with_the_text(llm):
     assert max(lengths) < 40
     assert done.token_ids == llm.generate(session.token_ids[: -len(done.token_ids)], max_new_tokens=8).token_ids
     assert llm.tokenizer.decode(session.token_ids).startswith("<|user|>" + TEXT + "\n\nHow many?<|end|><|assistant|>")
+    assert session.token_ids[: len(done.token_ids) * -1] == llm.encode(session.messages[:1])
     assert session.messages[0] == {"role": "user", "content": TEXT + "\n\nHow many?"}
 
 
@@ -208,6 +208,12 @@ class TestRestoreRefuses:
         (saved / "manifest.json").write_text("{")
         with pytest.raises(ValueError, match="damaged"):
             llm.restore(saved)
+
+    def test_other_options_that_decide_what_is_stored(self, saved, folder):
+        other = ra.load(folder, dataclasses.replace(CONFIG, n_local=17), dtype="float32")
+        with pytest.raises(ValueError, match="saved with n_local=16, but the model is loaded with 17"):
+            other.restore(saved)
+        assert ra.load(folder, dataclasses.replace(CONFIG, threads=1, top_k=5), dtype="float32").restore(saved)
 
     def test_a_newer_format(self, llm, saved):
         manifest = json.loads((saved / "manifest.json").read_text())

@@ -1,0 +1,155 @@
+"""Brute force over the stored keys: the oracle, and the honest baseline.
+
+Each key is loaded once for all queries of its group. Compute is sixteen sums per key quad, so a group of four heads
+runs at about the speed of memory.
+"""
+
+import threading
+from os import PathLike
+from typing import Any
+
+import numba
+import numpy as np
+
+from retrieval_attn.host import Array, jit
+from retrieval_attn.index import storage
+from retrieval_attn.index.dots import dot, dots_4x1, dots_4x4
+from retrieval_attn.index.keys import Flat, Keys
+from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
+from retrieval_attn.index.topk import best_first, offer, offer_run
+
+# Keys scored before their scores are sorted in: 128 rows of bfloat16 at D = 128 stay in the first-level cache.
+BLOCK = 128
+
+# A chunk shorter than this costs more to hand to a thread than to scan.
+MIN_CHUNK = 1024
+
+
+class ExactIndex:
+    """All keys, every time. Nothing to build; obeys the protocol of `Index`."""
+
+    kind = "exact"
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._lock = threading.Lock()
+
+    @classmethod
+    def build(cls, keys: Keys, queries: Array | None, seed: int, steps: Steps) -> "ExactIndex":
+        steps.reached(1.0)
+        return cls(keys)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._keys.shape
+
+    @property
+    def n_keys(self) -> int:
+        return self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
+        """See `Index.search`; `effort` and `seeds` change nothing."""
+        keys = self._keys
+        batch = check_search(q, k, keys)
+        check_effort(effort, 1)
+        ids, scores = scan(keys.flat, batch.queries, k, 0, keys.shape[1])
+        return batch.result(ids, scores, np.full(ids.shape[:2], keys.shape[1], np.int64))
+
+    def append(self, new_keys: Any, *, keys: Any = None) -> None:
+        """See `Index.append`."""
+        with self._lock:
+            self._keys = self._keys.grown(new_keys, keys)
+
+    def truncate(self, n_keys: int) -> None:
+        """See `Index.truncate`."""
+        with self._lock:
+            check_truncate(n_keys, self.n_keys)
+            self._keys = self._keys.first(n_keys)
+
+    def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
+        """See `Index.save`."""
+        storage.write(path, self.kind, {}, {}, self._keys, with_keys)
+
+    @classmethod
+    def restore(cls, saved: storage.Saved) -> "ExactIndex":
+        return cls(saved.keys)
+
+
+def scan(flat: Flat, queries: Array, k: int, start: int, stop: int) -> tuple[Array, Array]:
+    """The best keys among start..stop for each query: ids (G, N, n) int32 and scores, n = min(k, stop - start).
+
+    queries: (G, N, D) float32, C-contiguous. All cores work, also when G is 1.
+    """
+    n_heads, n_queries, _ = queries.shape
+    n_keys = stop - start
+    n_best = min(k, n_keys)
+    if n_best <= 0:
+        return np.empty((n_heads, n_queries, 0), np.int32), np.empty((n_heads, n_queries, 0), np.float32)
+    # Four chunks per thread even out threads that share their core with other work.
+    n_chunks = max(1, min(-(-4 * numba.get_num_threads() // n_heads), n_keys // MIN_CHUNK))
+    ids = np.empty((n_heads, n_queries, n_best), np.int32)
+    scores = np.empty((n_heads, n_queries, n_best), np.float32)
+    scan_parallel(flat.values, flat.stride_g, flat.stride_s, queries, start, stop, n_chunks, ids, scores)
+    return ids, scores
+
+
+@jit(parallel=True)
+def scan_parallel(
+    values: Array, stride_g: int, stride_s: int, queries: Array, start: int, stop: int, n_chunks: int,
+    ids: Array, scores: Array,
+) -> None:  # fmt: skip
+    n_heads, n_queries, _ = queries.shape
+    size = (stop - start + n_chunks - 1) // n_chunks
+    n_part = min(ids.shape[2], size)
+    part_ids = np.empty((n_heads, n_chunks, n_queries, n_part), np.int32)
+    part_scores = np.empty((n_heads, n_chunks, n_queries, n_part), np.float32)
+    sizes = np.zeros((n_heads, n_chunks), np.int64)
+    for task in numba.prange(n_heads * n_chunks):
+        head, chunk = task // n_chunks, task % n_chunks
+        first = start + chunk * size
+        last = min(first + size, stop)
+        sizes[head, chunk] = scan_chunk(
+            values, head * stride_g, stride_s, queries[head], first, last,
+            part_ids[head, chunk], part_scores[head, chunk],
+        )  # fmt: skip
+    for task in numba.prange(n_heads * n_queries):
+        head, query = task // n_queries, task % n_queries
+        n = 0
+        for chunk in range(n_chunks):
+            for j in range(sizes[head, chunk]):
+                score, key = part_scores[head, chunk, query, j], part_ids[head, chunk, query, j]
+                n = offer(scores[head, query], ids[head, query], n, score, key)
+        best_first(scores[head, query], ids[head, query], n)
+
+
+@jit()
+def scan_chunk(
+    values: Array, base: int, stride: int, queries: Array, first: int, last: int, ids: Array, scores: Array
+) -> int:
+    """Heaps of the best among keys first..last, one per query. Returns how many each holds."""
+    n_queries = len(queries)
+    tile = np.empty((4, BLOCK), np.float32)
+    sizes = np.zeros(n_queries, np.int64)
+    for block in range(first, last, BLOCK):
+        n_keys = min(BLOCK, last - block)
+        n_quads = n_keys // 4
+        for query in range(0, n_queries, 4):
+            width = min(4, n_queries - query)
+            for quad in range(n_quads):
+                row = base + (block + 4 * quad) * stride
+                if width == 4:
+                    dots_4x4(values, row, stride, queries, query, tile, 4 * quad)
+                else:
+                    for i in range(width):
+                        dots_4x1(values, row, stride, queries[query + i], tile[i, 4 * quad : 4 * quad + 4])
+            for j in range(4 * n_quads, n_keys):
+                for i in range(width):
+                    tile[i, j] = dot(values, base + (block + j) * stride, queries[query + i])
+            for i in range(width):
+                at = query + i
+                sizes[at] = offer_run(scores[at], ids[at], sizes[at], tile[i, :n_keys], block)
+    return min(last - first, ids.shape[1]) if last > first else 0

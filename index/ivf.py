@@ -1,0 +1,213 @@
+"""faiss inverted lists per KV head: the usual approximate-search baseline.
+
+Keys are centred first: that changes no query's ranking, and clusters then follow the keys' differences instead of
+their common mean. Returned scores are recomputed on the stored keys. faiss keeps its own float32 copy of the keys.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from typing import Any, NamedTuple
+
+import faiss
+import numba
+import numpy as np
+
+from retrieval_attn.host import Array, as_float32, jit
+from retrieval_attn.index import storage
+from retrieval_attn.index.dots import dot
+from retrieval_attn.index.exact import scan
+from retrieval_attn.index.keys import Flat, Keys
+from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
+from retrieval_attn.index.topk import best_first, offer
+
+# New keys are scanned exactly until they are this share of the listed ones; then the lists are copied and extended.
+# A fixed share makes the copying cost per appended key constant.
+TAIL_SHARE = 1 / 16
+MIN_TAIL = 2048
+
+
+class Lists(NamedTuple):
+    """The inverted lists of one KV head, and what probing them needs."""
+
+    index: Any  # faiss.IndexIVFFlat
+    centroids: Array  # (nlist, D) float32
+    sizes: Array  # (nlist,) int64
+
+    @classmethod
+    def of(cls, index: Any) -> "Lists":
+        sizes = np.array([index.invlists.list_size(i) for i in range(index.nlist)])
+        return cls(index, index.quantizer.reconstruct_n(0, index.nlist), sizes)
+
+    def extended(self, points: Array) -> "Lists":
+        """A copy that holds `points` (n, D) too."""
+        index = faiss.clone_index(self.index)
+        index.add(np.ascontiguousarray(points))
+        return Lists.of(index)
+
+    def shortened(self, n_keys: int) -> "Lists":
+        """A copy without the points from `n_keys` on."""
+        index = faiss.clone_index(self.index)
+        unwanted: Any = np.arange(n_keys, index.ntotal, dtype=np.int64)
+        index.remove_ids(unwanted)
+        return Lists.of(index)
+
+    def probe(self, queries: Array, k: int, nprobe: int) -> tuple[Array, Array]:
+        """Ids (N, k), -1 padded, and how many keys were read for each query."""
+        # Keys were assigned by distance, but the lists worth opening are those of largest inner product.
+        affinity = queries @ self.centroids.T
+        nearest = np.ascontiguousarray(np.argpartition(-affinity, nprobe - 1, axis=1)[:, :nprobe])
+        coarse = np.ascontiguousarray(np.take_along_axis(affinity, nearest, axis=1))
+        scores = np.empty((len(queries), k), np.float32)
+        ids = np.empty((len(queries), k), np.int64)
+        # faiss's Python method takes no parameters here, and its nprobe setter would be seen by other threads.
+        self.index.search_preassigned_c(
+            len(queries), faiss.swig_ptr(queries), k, *map(faiss.swig_ptr, (nearest, coarse, scores, ids)),
+            False, faiss.SearchParametersIVF(nprobe=nprobe),  # type: ignore[call-arg]
+        )  # fmt: skip
+        return ids, self.sizes[nearest].sum(axis=1)
+
+
+class IVFIndex:
+    """One faiss IndexIVFFlat (inner product) per KV head. Effort is the number of lists probed."""
+
+    kind = "ivf"
+
+    def __init__(self, keys: Keys, lists: tuple[Lists, ...], mean: Array) -> None:
+        # Replaced as a whole, never changed: a search that holds the old pair stays valid.
+        self._state = (keys, lists)
+        self._mean = mean
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(numba.get_num_threads(), "ivf", lambda: faiss.omp_set_num_threads(1))
+
+    @classmethod
+    def build(
+        cls,
+        keys: Keys,
+        queries: Array | None,
+        seed: int,
+        steps: Steps,
+        nlist: int | None = None,
+        train_iterations: int = 10,
+    ) -> "IVFIndex":
+        """Cluster the keys of each head. `queries` are not used.
+
+        nlist: clusters per head; None: 4 sqrt(S), at most one per 39 keys (what faiss asks for training).
+        train_iterations: of k-means.
+        """
+        n_heads, n_keys, _ = keys.shape
+        if nlist is None:
+            nlist = max(1, min(int(4 * n_keys**0.5), n_keys // 39))
+        if not 1 <= nlist <= n_keys:
+            raise ValueError(f"nlist must be between 1 and {n_keys} (keys per head), got {nlist}")
+        if train_iterations < 1:
+            raise ValueError(f"train_iterations must be at least 1, got {train_iterations}")
+        means, lists = [], []
+        for head in range(n_heads):
+            steps.reached(head / n_heads)
+            points = keys.float32(head)
+            means.append(points.mean(axis=0, dtype=np.float64).astype(np.float32))
+            lists.append(_cluster(points - means[-1], nlist, seed, train_iterations))
+        steps.reached(1.0)
+        return cls(keys, tuple(lists), np.stack(means))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._state[0].shape
+
+    @property
+    def n_keys(self) -> int:
+        return self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """float32 keys and int64 ids in the lists, centroids, means."""
+        _, lists = self._state
+        dim = self.shape[2]
+        return int(sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists) + self._mean.nbytes)
+
+    def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
+        """See `Index.search`; effort: lists probed per head, by default one in four; `seeds` change nothing."""
+        keys, lists = self._state
+        batch = check_search(q, k, keys)
+        n_heads, n_keys, _ = keys.shape
+        n_listed, nlist = lists[0].index.ntotal, len(lists[0].sizes)
+        nprobe = min(check_effort(effort, max(1, nlist // 4)), nlist)
+        if k >= n_keys:
+            ids, scores = scan(keys.flat, batch.queries, k, 0, n_keys)
+            return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
+        n_found = min(k, n_listed)
+        found = list(self._pool.map(Lists.probe, lists, batch.queries, [n_found] * n_heads, [nprobe] * n_heads))
+        tail_ids, _ = scan(keys.flat, batch.queries, k, n_listed, n_keys)
+        candidates = np.concatenate([np.stack([ids for ids, _ in found]).astype(np.int32), tail_ids], axis=2)
+        ids, scores = rescore(keys.flat, batch.queries, candidates, k)
+        return batch.result(ids, scores, np.stack([visited for _, visited in found]) + (n_keys - n_listed))
+
+    def append(self, new_keys: Any, *, keys: Any = None) -> None:
+        """See `Index.append`. Centroids and mean stay as built: keys unlike the first are found less well once listed."""
+        with self._lock:
+            old, lists = self._state
+            grown = old.grown(new_keys, keys)
+            n_listed = lists[0].index.ntotal
+            if grown.shape[1] - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
+                lists = tuple(
+                    x.extended(as_float32(grown.array[head, n_listed:]) - self._mean[head])
+                    for head, x in enumerate(lists)
+                )
+            self._state = (grown, lists)
+
+    def truncate(self, n_keys: int) -> None:
+        """See `Index.truncate`."""
+        with self._lock:
+            check_truncate(n_keys, self.n_keys)
+            keys, lists = self._state
+            if n_keys < lists[0].index.ntotal:
+                lists = tuple(x.shortened(n_keys) for x in lists)
+            self._state = (keys.first(n_keys), lists)
+
+    def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
+        """See `Index.save`."""
+        keys, lists = self._state
+        arrays = {f"lists.{head}": faiss.serialize_index(x.index) for head, x in enumerate(lists)}
+        storage.write(path, self.kind, {}, {**arrays, "mean": self._mean}, keys, with_keys)
+
+    @classmethod
+    def restore(cls, saved: storage.Saved) -> "IVFIndex":
+        n_heads = saved.keys.shape[0]
+        lists = tuple(Lists.of(faiss.deserialize_index(saved.arrays[f"lists.{head}"])) for head in range(n_heads))
+        return cls(saved.keys, lists, saved.arrays["mean"])
+
+
+def _cluster(points: Array, nlist: int, seed: int, iterations: int) -> Lists:
+    dim = points.shape[1]
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed
+    index.cp.niter = iterations
+    index.cp.min_points_per_centroid = 1
+    index.cp.max_points_per_centroid = 64
+    index.train(points)
+    index.add(points)
+    return Lists.of(index)
+
+
+def rescore(flat: Flat, queries: Array, candidates: Array, k: int) -> tuple[Array, Array]:
+    """The k best of the candidates (G, N, C) int32, -1 skipped, by inner product with the stored keys."""
+    n_heads, n_queries, _ = candidates.shape
+    ids = np.full((n_heads, n_queries, k), -1, np.int32)
+    scores = np.full((n_heads, n_queries, k), -np.inf, np.float32)
+    _rescore(flat.values, flat.stride_g, flat.stride_s, queries, candidates, ids, scores)
+    return ids, scores
+
+
+@jit()
+def _rescore(
+    values: Array, stride_g: int, stride_s: int, queries: Array, candidates: Array, ids: Array, scores: Array
+) -> None:
+    for head in range(candidates.shape[0]):
+        for query in range(candidates.shape[1]):
+            n = 0
+            for key in candidates[head, query]:
+                if key >= 0:
+                    score = dot(values, head * stride_g + key * stride_s, queries[head, query])
+                    n = offer(scores[head, query], ids[head, query], n, score, key)
+            best_first(scores[head, query], ids[head, query], n)

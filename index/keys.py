@@ -1,0 +1,154 @@
+"""The keys an index stands on: the caller's memory, seen as one flat array, or a growing copy of our own."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retrieval_attn.host import BFLOAT16, Array, as_array, as_float32, as_stored, jit
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
+
+
+class Flat(NamedTuple):
+    """Keys for compiled code: the row of key s of head g starts at values[g * stride_g + s * stride_s].
+
+    values: one-dimensional, contiguous; float32, uint16 (bfloat16 bits) or int16 (float16 bits). Strides in elements.
+    """
+
+    values: Array
+    stride_g: int
+    stride_s: int
+
+
+class Keys:
+    """Keys (G, S, D), never changed; growing makes another object, so a search keeps the keys that it began with.
+
+    array: the caller's array itself (or a part of our own buffer after `grown` without `keys`); bfloat16 as uint16.
+    """
+
+    def __init__(self, array: Array, buffer: Array | None = None) -> None:
+        self.array = array
+        self.flat = _flatten(array)
+        self._buffer = buffer
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.array.shape
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.array.dtype)
+
+    def float32(self, head: int) -> Array:
+        """The keys of one head, (S, D) float32, C-contiguous."""
+        return np.ascontiguousarray(as_float32(self.array[head]))
+
+    def grown(self, new: Any, keys: Any = None) -> "Keys":
+        """These keys followed by `new` (G, n, D).
+
+        keys: the caller's own (G, S + n, D) array with the same leading rows, used in place from then on.
+        Without it, the keys move to a buffer of our own that doubles when it is full.
+        """
+        n_heads, n_old, dim = self.shape
+        new = check_keys(new, "new_keys", dtype=self.array.dtype, n_heads=n_heads, dim=dim)
+        if keys is None:
+            return self._grown_copy(new)
+        whole = as_layout(keys, "keys")
+        expected = (n_heads, n_old + new.shape[1], dim)
+        if whole.shape != expected or whole.dtype != self.array.dtype:
+            raise ValueError(
+                f"keys must be {expected} {self.dtype_name} (the indexed keys followed by new_keys), "
+                f"got {whole.shape} {whole.dtype}"
+            )
+        if fingerprint(whole[:, :n_old]) != fingerprint(self.array):
+            raise ValueError(f"keys must begin with the {n_old} keys already indexed; sampled rows differ")
+        if fingerprint(whole[:, n_old:]) != fingerprint(new):
+            raise ValueError(f"keys must end with the {new.shape[1]} rows of new_keys; sampled rows differ")
+        return Keys(whole)
+
+    def first(self, n_keys: int) -> "Keys":
+        """The first n_keys of these. What grows from here leaves the rows that older objects read alone."""
+        return Keys(self.array[:, :n_keys])
+
+    def _grown_copy(self, new: Array) -> "Keys":
+        n_heads, n_old, dim = self.shape
+        n = n_old + new.shape[1]
+        buffer = self._buffer
+        if buffer is None or buffer.shape[1] < n:
+            buffer = np.empty((n_heads, max(2 * n_old, n, 64), dim), self.array.dtype)
+            buffer[:, :n_old] = self.array
+        # Rows past n_old belong to no published view, so writing them disturbs no search.
+        buffer[:, n_old:n] = new
+        return Keys(buffer[:, :n], buffer)
+
+
+def check_keys(x: Any, name: str, *, dtype: Any = None, n_heads: int | None = None, dim: int | None = None) -> Array:
+    """`x` as a finite (G, n, D) array whose rows are contiguous, without a copy, or ValueError."""
+    array = as_layout(x, name)
+    if dtype is not None and array.dtype != dtype:
+        raise ValueError(f"{name} must have the dtype of the index, {dtype} (uint16 is bfloat16), got {array.dtype}")
+    if n_heads is not None and (array.shape[0], array.shape[2]) != (n_heads, dim):
+        raise ValueError(f"{name} must be ({n_heads}, n, {dim}) (KV heads, keys, head dimension), got {array.shape}")
+    flat = _flatten(array)
+    for head in range(array.shape[0]):
+        row = _first_not_finite(array, flat, head)
+        if row >= 0:
+            raise ValueError(f"{name} must be finite, got NaN or infinity in head {head}, row {row}")
+    return array
+
+
+def as_layout(x: Any, name: str) -> Array:
+    """`x` as (G, S, D) with contiguous rows, float32, float16 or bfloat16, without a copy."""
+    array = as_array(x, name)
+    if array.ndim != 3 or 0 in (array.shape[0], array.shape[2]):
+        raise ValueError(f"{name} must be (G, S, D) (KV heads, keys, head dimension), got shape {array.shape}")
+    if array.dtype not in DTYPES.values():
+        raise ValueError(f"{name} must be {', '.join(DTYPES)} (bfloat16 as uint16 bits), got {array.dtype}")
+    if array.shape[1] and ((array.strides[2] != array.itemsize and array.shape[2] > 1) or min(array.strides) < 0):
+        raise ValueError(
+            f"{name} must have contiguous rows (last stride {array.itemsize} bytes) and no negative stride, "
+            f"got strides {array.strides}; pass numpy.ascontiguousarray({name})"
+        )
+    return array
+
+
+def fingerprint(array: Array) -> str:
+    """What tells these keys from others, cheaply: a hash of shape, dtype and up to 64 rows per head."""
+    n = array.shape[1]
+    rows = np.unique(np.linspace(0, n - 1, min(n, 64)).astype(np.int64)) if n else np.arange(0)
+    digest = hashlib.sha256(f"{array.shape} {array.dtype}".encode())
+    digest.update(np.ascontiguousarray(array[:, rows]).tobytes())
+    return digest.hexdigest()
+
+
+def _flatten(array: Array) -> Flat:
+    stored = as_stored(array)
+    n_heads, n_keys, dim = stored.shape
+    stride_g, stride_s = (s // stored.itemsize for s in stored.strides[:2])
+    extent = (n_heads - 1) * stride_g + (n_keys - 1) * stride_s + dim if n_keys else 0
+    values = np.lib.stride_tricks.as_strided(stored, (extent,), (stored.itemsize,))
+    return Flat(values, stride_g, stride_s)
+
+
+def _first_not_finite(stored: Array, flat: Flat, head: int) -> int:
+    """The first key of `head` that holds NaN or infinity; -1 if none does."""
+    bits, exponent = {
+        np.dtype(np.float32): (np.uint32, 0x7F800000),
+        np.dtype(np.int16): (np.uint16, 0x7C00),
+        np.dtype(np.uint16): (np.uint16, 0x7F80),
+    }[flat.values.dtype]
+    _, n_keys, dim = stored.shape
+    return find_exponent(flat.values.view(bits), bits(exponent), head * flat.stride_g, flat.stride_s, n_keys, dim)
+
+
+@jit()
+def find_exponent(bits: Array, exponent: int, start: int, stride: int, n: int, dim: int) -> int:
+    for i in range(n):
+        row = bits[start + i * stride : start + i * stride + dim]
+        n_found = 0
+        for d in range(dim):
+            n_found += (row[d] & exponent) == exponent
+        if n_found:
+            return i
+    return -1

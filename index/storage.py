@@ -1,0 +1,118 @@
+"""One index, one file: safetensors with a JSON header and a checksum for everything in it. No pickle.
+
+The tensors are the index's own arrays and, unless left out, `keys`; bfloat16 keys are stored as uint16 and the
+header says so.
+"""
+
+import hashlib
+import json
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from retrieval_attn.host import Array
+from retrieval_attn.index.keys import DTYPES, Keys, as_layout, fingerprint
+
+FORMAT = "retrieval-attn-index"
+VERSION = 1
+
+
+class Saved(NamedTuple):
+    """What a file holds: the kind, its JSON-able settings, its arrays, and the keys to use with them."""
+
+    kind: str
+    settings: dict[str, Any]
+    arrays: dict[str, Array]
+    keys: Keys
+
+
+def write(
+    path: str | PathLike[str],
+    kind: str,
+    settings: dict[str, Any],
+    arrays: dict[str, Array],
+    keys: Keys,
+    with_keys: bool,
+) -> None:
+    """Write one file; a crash leaves the old file, never half a new one."""
+    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    if with_keys:
+        tensors["keys"] = np.ascontiguousarray(keys.array)
+    header = {
+        "kind": kind,
+        "settings": settings,
+        "shape": list(keys.shape),
+        "dtype": keys.dtype_name,
+        "fingerprint": fingerprint(keys.array),
+        "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
+    }
+    text = json.dumps(header, sort_keys=True)
+    # One entry: several would be written in random order, and equal indexes should give equal files.
+    metadata = {FORMAT: f"{VERSION} {_digest(text.encode())} {text}"}
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: str | PathLike[str], keys: Any = None) -> Saved:
+    """Read and check one file. Raises FileNotFoundError, or ValueError saying why the file is refused.
+
+    keys: the caller's (G, S, D) keys, used in place of those in the file; their fingerprint must agree.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no index file at {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = _checked_header(path, file.metadata() or {})
+            names = [name for name in file.keys() if name != "keys" or keys is None]  # noqa: SIM118 (no iterator)
+            arrays = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no index file: {error}") from error
+    for name in header["sha256"]:
+        if name not in arrays and not (name == "keys" and keys is not None):
+            raise ValueError(f"{path} is damaged: {name!r} is missing")
+    for name, array in arrays.items():
+        if _digest(array) != header["sha256"].get(name):
+            raise ValueError(f"{path} is damaged: the checksum of {name!r} does not agree")
+    return Saved(header["kind"], header["settings"], arrays, _keys(path, header, arrays.pop("keys", None), keys))
+
+
+def _checked_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise ValueError(f"{path} is no index file: its metadata has no {FORMAT!r}")
+    version, digest, text = (*metadata[FORMAT].split(" ", 2), "", "")[:3]
+    if version != str(VERSION):
+        raise ValueError(
+            f"{path} has index file version {version}, this program reads version {VERSION}; build the index again"
+        )
+    if _digest(text.encode()) != digest:
+        raise ValueError(f"{path} is damaged: the checksum of its header does not agree")
+    return json.loads(text)
+
+
+def _keys(path: Path, header: dict[str, Any], stored: Array | None, given: Any) -> Keys:
+    if given is None:
+        if stored is None:
+            raise ValueError(f"{path} was saved without its keys; pass them: load_index(path, keys=...)")
+        return Keys(stored)
+    array = as_layout(given, "keys")
+    shape, dtype = tuple(header["shape"]), DTYPES[header["dtype"]]
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{path} belongs to keys {shape} {header['dtype']}, got {array.shape} {array.dtype}")
+    if fingerprint(array) != header["fingerprint"]:
+        raise ValueError(f"{path} belongs to other keys: the fingerprints of shape, dtype and sampled rows differ")
+    return Keys(array)
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(data if isinstance(data, bytes) else memoryview(data).cast("B")).hexdigest()
