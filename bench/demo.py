@@ -29,8 +29,9 @@ from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.llm import EMBEDDED, LLM, load
 from retrieval_attn.session import Session
 
-# Facts in the document, of which a few are asked for: the others are there to be confused with them.
+# Facts in the document, or more if more are asked for: the others are there to be confused with them.
 N_FACTS = 48
+LEAST_TOKENS_PER_FACT = 40
 MOST_NEW_TOKENS = 24
 
 # Room for the question and its answer within the tokens asked for, and the shortest document worth it.
@@ -74,17 +75,19 @@ def run_demo(
 ) -> int:
     """Run the comparison and print it. Returns 0 if all our answers are right, 1 if not.
 
-    tokens: length of the document, with room for a question. n_questions: at most 48, spread over the depths. model:
+    tokens: length of the document, with room for a question. n_questions: spread over the depths. model:
     a folder; by default the embedded model. Raises ValueError for numbers out of range.
     """
-    if not 1 <= n_questions <= N_FACTS:
-        raise ValueError(f"n_questions must be between 1 and {N_FACTS}, got {n_questions}")
+    if not 1 <= n_questions <= tokens // LEAST_TOKENS_PER_FACT:
+        most = tokens // LEAST_TOKENS_PER_FACT
+        raise ValueError(f"n_questions must be between 1 and {most} for {tokens} tokens, got {n_questions}")
     console = console or Console()
     with console.status("loading the model"):
         llm = load(model, RetrievalConfig(index="graph", top_k=100, seed=seed))
     with console.status("writing the document"):
         text, questions = make_questions(llm, tokens, n_questions, seed)
-    _say(console, f"a document of {count(len(questions[0].ids))} tokens with {N_FACTS} facts in it")
+    n_facts = max(N_FACTS, n_questions)
+    _say(console, f"a document of {count(len(questions[0].ids))} tokens with {n_facts} facts in it")
     with console.status("warming up (the first time, compiling CPU kernels)"):
         llm.generate(questions[0].ids[:WARM_UP_TOKENS], max_new_tokens=3)
     ours = ask_retrieval(llm, text, questions, console)
@@ -102,8 +105,9 @@ def make_questions(llm: LLM, tokens: int, n_questions: int, seed: int) -> tuple[
     """A document, and questions about facts spread over its depths."""
     if not LEAST_TOKENS <= tokens < llm.max_tokens:
         raise ValueError(f"tokens must be between {LEAST_TOKENS} and {llm.max_tokens - 1}, got {tokens}")
-    doc = document(lambda text: len(llm.encode_text(text)), tokens - RESERVE, N_FACTS, seed)
-    chosen = [int((i + 0.5) * N_FACTS / n_questions) for i in range(n_questions)]
+    n_facts = max(N_FACTS, n_questions)
+    doc = document(lambda text: len(llm.encode_text(text)), tokens - RESERVE, n_facts, seed)
+    chosen = [int((i + 0.5) * n_facts / n_questions) for i in range(n_questions)]
     return doc.text, [Question(doc.facts[i], doc.depths[i], _ids(llm, doc, doc.facts[i])) for i in chosen]
 
 

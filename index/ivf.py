@@ -144,7 +144,7 @@ class IVFIndex:
         return batch.result(ids, scores, np.stack([visited for _, visited in found]) + (n_keys - n_listed))
 
     def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`. Centroids and mean stay as built: keys unlike the first are found less well once listed."""
+        """See `Index.append`. Centroids stay as built: keys unlike the first are found less well once listed."""
         with self._lock:
             old, lists = self._state
             grown = old.grown(new_keys, keys)
