@@ -58,500 +58,51 @@ class Document:
 
 # Facts ----------------------------------------------------------------------------------------------------------
 
-FIRST_NAMES = [
-    "Ada",
-    "Alma",
-    "Anton",
-    "Arlo",
-    "Astrid",
-    "Basil",
-    "Bela",
-    "Birgit",
-    "Boris",
-    "Bruno",
-    "Cora",
-    "Cyril",
-    "Dagny",
-    "Dora",
-    "Edda",
-    "Egon",
-    "Elsa",
-    "Emil",
-    "Enid",
-    "Erik",
-    "Fanny",
-    "Felix",
-    "Flora",
-    "Frida",
-    "Gerda",
-    "Gideon",
-    "Greta",
-    "Gustav",
-    "Hanna",
-    "Hector",
-    "Hilda",
-    "Hugo",
-    "Ida",
-    "Igor",
-    "Ingrid",
-    "Iris",
-    "Ivo",
-    "Jasper",
-    "Jonas",
-    "Judith",
-    "Karin",
-    "Klaus",
-    "Lena",
-    "Leo",
-    "Linus",
-    "Lotte",
-    "Magda",
-    "Magnus",
-    "Marta",
-    "Milo",
-    "Mira",
-    "Nadia",
-    "Nils",
-    "Nora",
-    "Olga",
-    "Oscar",
-    "Otto",
-    "Petra",
-    "Piers",
-    "Rasmus",
-    "Rita",
-    "Rolf",
-    "Rosa",
-    "Rufus",
-    "Selma",
-    "Sigrid",
-    "Silas",
-    "Simon",
-    "Stella",
-    "Sven",
-    "Tessa",
-    "Thea",
-    "Tilda",
-    "Tobias",
-    "Ursula",
-    "Vera",
-    "Viktor",
-    "Wanda",
-    "Wilma",
-    "Yuri",
-    "Zelda",
-]
-ONSETS = [
-    "B",
-    "Br",
-    "C",
-    "Cr",
-    "D",
-    "Dr",
-    "F",
-    "Fl",
-    "G",
-    "Gr",
-    "H",
-    "J",
-    "K",
-    "Kr",
-    "L",
-    "M",
-    "N",
-    "P",
-    "Pr",
-    "R",
-    "S",
-    "Sk",
-    "St",
-    "T",
-    "Tr",
-    "V",
-    "W",
-    "Y",
-    "Z",
-    "Th",
-    "Sh",
-    "Gl",
-]
-VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "or", "ar", "el", "il", "an", "en", "on"]
-MIDDLES = ["b", "d", "g", "k", "l", "m", "n", "r", "s", "t", "v", "z", "nd", "rn", "ld", "st", "rk", "lm"]
-ENDINGS = [
-    "a",
-    "o",
-    "en",
-    "er",
-    "ow",
-    "ick",
-    "ard",
-    "ley",
-    "ham",
-    "by",
-    "stone",
-    "field",
-    "wick",
-    "mere",
-    "dal",
-    "berg",
-    "holm",
-    "ton",
-    "ford",
-    "ova",
-    "ino",
-    "esk",
-]
-SHIP_KINDS = [
-    "ship",
-    "barge",
-    "ferry",
-    "schooner",
-    "steamer",
-    "tug",
-    "trawler",
-    "lighthouse",
-    "mine",
-    "inn",
-    "chapel",
-    "mill",
-    "tavern",
-    "orchard",
-]
-ADJECTIVES = [
-    "amber",
-    "ancient",
-    "black",
-    "blue",
-    "bold",
-    "brass",
-    "brave",
-    "bright",
-    "broken",
-    "bronze",
-    "calm",
-    "clever",
-    "cold",
-    "copper",
-    "crimson",
-    "crooked",
-    "curious",
-    "dark",
-    "distant",
-    "eager",
-    "early",
-    "empty",
-    "fair",
-    "faithful",
-    "fierce",
-    "frozen",
-    "gentle",
-    "gilded",
-    "glad",
-    "golden",
-    "grand",
-    "green",
-    "grey",
-    "happy",
-    "heavy",
-    "hidden",
-    "hollow",
-    "humble",
-    "idle",
-    "iron",
-    "ivory",
-    "jolly",
-    "keen",
-    "kind",
-    "late",
-    "lazy",
-    "little",
-    "lonely",
-    "lost",
-    "loud",
-    "lucky",
-    "merry",
-    "mighty",
-    "mild",
-    "misty",
-    "narrow",
-    "noble",
-    "odd",
-    "old",
-    "pale",
-    "patient",
-    "plain",
-    "proud",
-    "purple",
-    "quick",
-    "quiet",
-    "rapid",
-    "red",
-    "restless",
-    "rough",
-    "royal",
-    "rusty",
-    "sad",
-    "scarlet",
-    "secret",
-    "shy",
-    "silent",
-    "silver",
-    "simple",
-    "sleepy",
-    "slow",
-    "small",
-    "smooth",
-    "soft",
-    "solemn",
-    "steady",
-    "stern",
-    "stormy",
-    "strange",
-    "sunny",
-    "swift",
-    "tall",
-    "tame",
-    "tender",
-    "thin",
-    "tiny",
-    "violet",
-    "warm",
-    "weary",
-    "white",
-    "wild",
-    "wise",
-    "yellow",
-    "young",
-]
-NOUNS = [
-    "anchor",
-    "apple",
-    "arrow",
-    "badger",
-    "barrel",
-    "basket",
-    "beacon",
-    "bear",
-    "bell",
-    "birch",
-    "boat",
-    "book",
-    "bottle",
-    "bread",
-    "bridge",
-    "broom",
-    "bucket",
-    "button",
-    "cabin",
-    "camel",
-    "candle",
-    "carpet",
-    "castle",
-    "cat",
-    "cedar",
-    "chair",
-    "cherry",
-    "clock",
-    "cloud",
-    "coat",
-    "compass",
-    "crow",
-    "crown",
-    "cup",
-    "daisy",
-    "deer",
-    "dog",
-    "door",
-    "dove",
-    "drum",
-    "duck",
-    "eagle",
-    "engine",
-    "falcon",
-    "feather",
-    "fiddle",
-    "finch",
-    "fish",
-    "flag",
-    "flute",
-    "forest",
-    "fox",
-    "garden",
-    "gate",
-    "ghost",
-    "glove",
-    "goat",
-    "goose",
-    "hammer",
-    "harp",
-    "hat",
-    "hawk",
-    "hazel",
-    "hedge",
-    "heron",
-    "horn",
-    "horse",
-    "house",
-    "kettle",
-    "key",
-    "kite",
-    "ladder",
-    "lamp",
-    "lantern",
-    "lark",
-    "leaf",
-    "lemon",
-    "letter",
-    "lily",
-    "lion",
-    "lizard",
-    "maple",
-    "marble",
-    "market",
-    "mirror",
-    "mole",
-    "moon",
-    "moth",
-    "mouse",
-    "needle",
-    "nest",
-    "oak",
-    "orange",
-    "otter",
-    "owl",
-    "paper",
-    "pear",
-    "pebble",
-    "pencil",
-    "piano",
-    "pigeon",
-    "pine",
-    "pipe",
-    "plum",
-    "pony",
-    "rabbit",
-    "raven",
-    "ribbon",
-    "river",
-    "robin",
-    "rocket",
-    "rope",
-    "rose",
-    "saddle",
-    "sail",
-    "salmon",
-    "shell",
-    "shield",
-    "shoe",
-    "sparrow",
-    "spider",
-    "spoon",
-    "stable",
-    "star",
-    "stone",
-    "stove",
-    "swan",
-    "table",
-    "tiger",
-    "tower",
-    "trumpet",
-    "tulip",
-    "turtle",
-    "umbrella",
-    "village",
-    "violin",
-    "wagon",
-    "walnut",
-    "whale",
-    "wheel",
-    "whistle",
-    "willow",
-    "window",
-    "wolf",
-    "wren",
-]
-CITIES = [
-    "Accra",
-    "Algiers",
-    "Amsterdam",
-    "Ankara",
-    "Athens",
-    "Baghdad",
-    "Baku",
-    "Bangkok",
-    "Barcelona",
-    "Beirut",
-    "Belgrade",
-    "Berlin",
-    "Bogota",
-    "Boston",
-    "Brussels",
-    "Bucharest",
-    "Budapest",
-    "Cairo",
-    "Caracas",
-    "Chicago",
-    "Copenhagen",
-    "Dakar",
-    "Damascus",
-    "Delhi",
-    "Dhaka",
-    "Doha",
-    "Dublin",
-    "Geneva",
-    "Hanoi",
-    "Havana",
-    "Helsinki",
-    "Houston",
-    "Istanbul",
-    "Jakarta",
-    "Kabul",
-    "Kampala",
-    "Kiev",
-    "Kyoto",
-    "Lagos",
-    "Lima",
-    "Lisbon",
-    "London",
-    "Madrid",
-    "Manila",
-    "Melbourne",
-    "Miami",
-    "Milan",
-    "Montreal",
-    "Moscow",
-    "Mumbai",
-    "Munich",
-    "Nairobi",
-    "Naples",
-    "Osaka",
-    "Oslo",
-    "Paris",
-    "Prague",
-    "Quito",
-    "Riga",
-    "Riyadh",
-    "Rome",
-    "Santiago",
-    "Seattle",
-    "Seoul",
-    "Shanghai",
-    "Singapore",
-    "Sofia",
-    "Stockholm",
-    "Sydney",
-    "Taipei",
-    "Tehran",
-    "Tokyo",
-    "Toronto",
-    "Tripoli",
-    "Tunis",
-    "Venice",
-    "Vienna",
-    "Warsaw",
-    "Zagreb",
-    "Zurich",
-]
+
+def _listed(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+FIRST_NAMES = _listed(
+    "Ada Alma Anton Arlo Astrid Basil Bela Birgit Boris Bruno Cora Cyril Dagny Dora Edda Egon Elsa Emil Enid Erik "
+    "Fanny Felix Flora Frida Gerda Gideon Greta Gustav Hanna Hector Hilda Hugo Ida Igor Ingrid Iris Ivo Jasper "
+    "Jonas Judith Karin Klaus Lena Leo Linus Lotte Magda Magnus Marta Milo Mira Nadia Nils Nora Olga Oscar Otto "
+    "Petra Piers Rasmus Rita Rolf Rosa Rufus Selma Sigrid Silas Simon Stella Sven Tessa Thea Tilda Tobias Ursula "
+    "Vera Viktor Wanda Wilma Yuri Zelda"
+)
+ONSETS = _listed("B Br C Cr D Dr F Fl G Gr H J K Kr L M N P Pr R S Sk St T Tr V W Y Z Th Sh Gl")
+VOWELS = _listed("a e i o u ai ea io or ar el il an en on")
+MIDDLES = _listed("b d g k l m n r s t v z nd rn ld st rk lm")
+ENDINGS = _listed("a o en er ow ick ard ley ham by stone field wick mere dal berg holm ton ford ova ino esk")
+SHIP_KINDS = _listed("ship barge ferry schooner steamer tug trawler lighthouse mine inn chapel mill tavern orchard")
+ADJECTIVES = _listed(
+    "amber ancient black blue bold brass brave bright broken bronze calm clever cold copper crimson crooked "
+    "curious dark distant eager early empty fair faithful fierce frozen gentle gilded glad golden grand green "
+    "grey happy heavy hidden hollow humble idle iron ivory jolly keen kind late lazy little lonely lost loud "
+    "lucky merry mighty mild misty narrow noble odd old pale patient plain proud purple quick quiet rapid red "
+    "restless rough royal rusty sad scarlet secret shy silent silver simple sleepy slow small smooth soft solemn "
+    "steady stern stormy strange sunny swift tall tame tender thin tiny violet warm weary white wild wise yellow "
+    "young"
+)
+NOUNS = _listed(
+    "anchor apple arrow badger barrel basket beacon bear bell birch boat book bottle bread bridge broom bucket "
+    "button cabin camel candle carpet castle cat cedar chair cherry clock cloud coat compass crow crown cup daisy "
+    "deer dog door dove drum duck eagle engine falcon feather fiddle finch fish flag flute forest fox garden gate "
+    "ghost glove goat goose hammer harp hat hawk hazel hedge heron horn horse house kettle key kite ladder lamp "
+    "lantern lark leaf lemon letter lily lion lizard maple marble market mirror mole moon moth mouse needle nest "
+    "oak orange otter owl paper pear pebble pencil piano pigeon pine pipe plum pony rabbit raven ribbon river "
+    "robin rocket rope rose saddle sail salmon shell shield shoe sparrow spider spoon stable star stone stove "
+    "swan table tiger tower trumpet tulip turtle umbrella village violin wagon walnut whale wheel whistle willow "
+    "window wolf wren"
+)
+CITIES = _listed(
+    "Accra Algiers Amsterdam Ankara Athens Baghdad Baku Bangkok Barcelona Beirut Belgrade Berlin Bogota Boston "
+    "Brussels Bucharest Budapest Cairo Caracas Chicago Copenhagen Dakar Damascus Delhi Dhaka Doha Dublin Geneva "
+    "Hanoi Havana Helsinki Houston Istanbul Jakarta Kabul Kampala Kiev Kyoto Lagos Lima Lisbon London Madrid "
+    "Manila Melbourne Miami Milan Montreal Moscow Mumbai Munich Nairobi Naples Osaka Oslo Paris Prague Quito Riga "
+    "Riyadh Rome Santiago Seattle Seoul Shanghai Singapore Sofia Stockholm Sydney Taipei Tehran Tokyo Toronto "
+    "Tripoli Tunis Venice Vienna Warsaw Zagreb Zurich"
+)
 
 NUMBER_ATTRIBUTES = (
     "access code",
@@ -587,8 +138,8 @@ STATEMENTS = (
     "Remember that the {a} of {e} is {v}.",
     "In the end the {a} chosen for {e} was {v}.",
     "According to the register, the {a} of {e} is {v}.",
-    "For {e} the {a} is {v}.",
-    "The clerk noted that for {e} the {a} was {v}.",
+    "The clerk noted that the {a} of {e} was {v}.",
+    "Nobody should forget that the {a} for {e} is {v}.",
 )
 QUESTIONS = (
     "What is the {a} of {e}?",
@@ -711,8 +262,9 @@ WORDS = {
         "remembered|drew a map of|set out for|settled near|travelled through|complained about|dreamed of"
     ),
     "thing": (
-        "a wooden box|the broken clock|an unpaid bill|a letter from abroad|the spare key|a pair of boots|the church bell|"
-        "a basket of eggs|the second boat|a lame horse|an umbrella|the account book|a brass telescope|the garden gate"
+        "a wooden box|the broken clock|an unpaid bill|a letter from abroad|the spare key|a pair of boots|"
+        "the church bell|a basket of eggs|the second boat|a lame horse|an umbrella|the account book|"
+        "a brass telescope|the garden gate"
     ),
     "verb": "sold|bought|repaired|carried|counted|lost|hid|borrowed|praised|measured|painted|forgot|returned|examined",
     "adverb": "slowly|with great care|in silence|without a word|at once|as usual|by mistake|against all advice|gladly",
@@ -782,7 +334,7 @@ def _paragraphs(pieces: Sequence[str], seed: int) -> str:
 # Documents ------------------------------------------------------------------------------------------------------
 
 # Real books break lines anywhere; a sentence ends in .!? (and perhaps a quote) before white space.
-_SENTENCE_END = re.compile(r"(?<=[a-z)][.!?])(?P<gap>\s+)|(?<=[.!?][\"”’])(?P<quoted>\s+)")
+_SENTENCE_END = re.compile(r"(?<=[a-z)][.!?])(?P<gap>\s+)|(?<=[.!?][\"”\u2019])(?P<quoted>\s+)")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -851,22 +403,29 @@ def document(
     depths = sorted((i + float(rng.random())) / n_facts for i in range(n_facts))
     sample = _filler(filler, 20_000, seed)
     n_chars = int((n_tokens - needed) * len(sample) / count_tokens(sample))
-    for _ in range(8):
-        text = plant(_filler(filler, n_chars, seed), facts, depths)
+    for attempt in range(12):
+        text = plant(_filler(filler, n_chars, seed, whole=attempt < 6), facts, depths)
         error = n_tokens - count_tokens(text)
-        if abs(error) <= max(n_tokens // 200, 24):
+        if abs(error) <= max(n_tokens // 200, 1):
             break
         n_chars = max(0, n_chars + int(error * len(sample) / count_tokens(sample)))
     return Document(text, tuple(facts), tuple(depths))
 
 
-def _filler(filler: str | None, n_chars: int, seed: int) -> str:
-    """About n_chars characters, cut at a sentence end; a longer one starts with the shorter one."""
+def _filler(filler: str | None, n_chars: int, seed: int, whole: bool = True) -> str:
+    """About n_chars characters, ending with a whole sentence or cut short after a word."""
     if filler is None:
-        return prose(n_chars, seed) if n_chars else ""
+        text = prose(n_chars, seed) if n_chars else ""
+        return text if whole else _cut(text[:n_chars])
     start = int(np.random.default_rng([seed, 0xF1]).integers(len(filler)))
     start = next((match.end() for match in _SENTENCE_END.finditer(filler, start)), 0) % len(filler)
     turns = 1 + (start + n_chars) // len(filler)
     text = (filler * (turns + 1))[start : start + n_chars]
-    cut = max((match.end() for match in _SENTENCE_END.finditer(text, max(0, n_chars - 2000))), default=n_chars)
-    return text[:cut]
+    ends = [match.end() for match in _SENTENCE_END.finditer(text, max(0, n_chars - 2000))]
+    return text[: ends[-1]] if whole and ends else _cut(text)
+
+
+def _cut(text: str) -> str:
+    """The whole words of text, and a full stop."""
+    words = text.rstrip().rpartition(" ")[0].rstrip(" ,;:.-")
+    return f"{words}." if words else ""
