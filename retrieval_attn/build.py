@@ -30,6 +30,11 @@ class QuerySample:
         self._spread: Tensor | None = None  # (2 * size, H, D): row i is token i * stride
         self._recent: Tensor | None = None  # (256, H, D): row p % 256 is token p
 
+    @property
+    def length(self) -> int:
+        """Tokens whose queries came by."""
+        return self._length
+
     def add(self, queries: Tensor) -> None:
         """queries (1, H, n, D) of the next n tokens; the kept ones are copied to CPU memory."""
         if self._spread is None or self._recent is None:
@@ -104,11 +109,15 @@ class BuiltIndex(NamedTuple):
     seconds: float
 
 
+def index_kind(config: RetrievalConfig, n_far: int) -> str:
+    """The kind that serves `n_far` keys: a short far context is scanned exactly whatever was asked for."""
+    return config.index if n_far >= config.exact_below else "exact"
+
+
 def build_far_index(
     config: RetrievalConfig, keys: Tensor, queries: Tensor, cancelled: Callable[[], bool] | None = None
 ) -> BuiltIndex:
     """Index the far keys (G, S, D), taught by the sampled queries (H, T, D); both in CPU memory."""
-    kind = config.index if keys.shape[1] >= config.exact_below else "exact"
     started = time.perf_counter()
-    index = build_index(kind, keys, queries, seed=config.seed, cancel=cancelled)
+    index = build_index(index_kind(config, keys.shape[1]), keys, queries, seed=config.seed, cancel=cancelled)
     return BuiltIndex(index, time.perf_counter() - started)

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # top-level export is missing before 5.0
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "AttentionMaskInterface", "query_length", "sdpa_mask"]
+__all__ = ["ALL_ATTENTION_FUNCTIONS", "AttentionMaskInterface", "causal_mask_function", "query_length", "sdpa_mask"]
 
 
 def query_length(argument: Any) -> int:

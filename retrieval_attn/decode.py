@@ -68,7 +68,7 @@ def _attend_far(
 ) -> AttentionState:
     config = memory.config
     on_host = query[0].detach().float().cpu()
-    hits = index.search(on_host, config.top_k, effort=config.effort)
+    hits = index.search(on_host, min(config.top_k, memory.split.n_far), effort=config.effort)
     clock.visited += float(np.mean(hits.visited))
     clock.far += memory.split.n_far
     clock.calls += 1

@@ -54,7 +54,8 @@ class GenerationStats:
     ttft_s: from the request to its first token. prefill_s: the prompt's forward passes. build_s: seconds that building
     indexes took, in the background; build_wait_s of them were waited for. tpot_s: mean seconds per later token, that
     wait excluded; itl_s lists each. visited_fraction: share of the far keys whose vector or code was read per step.
-    near_s, search_s, gather_s, merge_s: parts of all decode steps together, over all layers.
+    near_s, search_s, gather_s, merge_s: parts of all decode steps together, over all layers. index: the kinds of index
+    in use ("exact" while a context is shorter than `exact_below`); empty without far keys.
     """
 
     prompt_tokens: int = 0
@@ -134,7 +135,7 @@ class Request:
         self.cache = cache
         self.sampling = sampling
         self.stop_ids = frozenset(stop_ids)
-        self.stats = GenerationStats(index=cache.config.index)
+        self.stats = GenerationStats()
         self._on_progress = on_progress or (lambda progress: None)
 
     @torch.no_grad()
@@ -147,6 +148,7 @@ class Request:
         started = time.perf_counter()
         stats, cache = self.stats, self.cache
         stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
+        cache.use_threads()
         cache.reset_clocks()
         sample = Sampler(self.sampling, self.model.device)
         n_most = min(self.sampling.max_new_tokens, longest_context(self.model.config) - len(ids))
@@ -172,6 +174,7 @@ class Request:
         """Prefill without answering, and begin the index builds; `ids` as in `tokens`."""
         stats, cache = self.stats, self.cache
         stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
+        cache.use_threads()
         try:
             self._prefill(ids[stats.reused_tokens :], want_logits=False)
             cache.start_builds()
@@ -234,7 +237,9 @@ class Request:
         stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
         stats.host_kv_bytes = sum(memory.store.nbytes for memory in cache.memories)
         stats.device_kv_bytes = sum(memory.window.nbytes for memory in cache.memories)
-        stats.index_bytes = sum(index.nbytes for memory in cache.memories if (index := memory.index_if_built))
+        indexes = [index for memory in cache.memories if (index := memory.index_if_built) is not None]
+        stats.index_bytes = sum(index.nbytes for index in indexes)
+        stats.index = ", ".join(sorted({index.kind for index in indexes}))
         stats.rss_bytes = psutil.Process().memory_info().rss
         if self.model.device.type == "cuda":
             stats.peak_device_bytes = torch.cuda.max_memory_allocated(self.model.device)

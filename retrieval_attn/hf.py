@@ -17,11 +17,17 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from retrieval_attn.compat import ALL_ATTENTION_FUNCTIONS, AttentionMaskInterface, query_length, sdpa_mask
+from retrieval_attn.compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+    query_length,
+    sdpa_mask,
+)
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.decode import StepClock, decode
 from retrieval_attn.host import require_safe_threads, set_threads
-from retrieval_attn.kernels import AttentionState, merge
+from retrieval_attn.kernels import AttentionState
 from retrieval_attn.memory import LayerMemory, LayerShape
 from retrieval_attn.prefill import prefill
 
@@ -56,9 +62,13 @@ def attend(
     """transformers' attention interface: query (B, H, T, D), new key and value (B, G, T, D); returns (B, T, H, D).
 
     Sliding-window layers go to stock sdpa. Raises ValueError where silence would be wrong output: a full-attention
-    layer whose cache is not a `RetrievalCache`, keys shared between layers, softcapped logits, 4-D masks.
+    layer whose cache is not a `RetrievalCache`, keys shared between layers, softcapped logits, learned sinks, masks.
     """
     layer = getattr(key, "_ra_layer", None)
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(
+            "learned attention sinks (gpt-oss) take a share that no key stands for; they are not supported"
+        )
     if layer is None:
         if not _is_sliding(module, kwargs):
             raise ValueError(
@@ -72,8 +82,6 @@ def attend(
         raise ValueError("softcapped attention logits (Gemma-2) are not inner products and cannot be retrieved")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     state = layer.attend(query.detach(), key.detach(), value.detach(), attention_mask, scale)
-    if kwargs.get("s_aux") is not None:
-        state = merge(state, _learned_sink(kwargs["s_aux"], state))
     return state.out.transpose(1, 2).contiguous(), None
 
 
@@ -84,6 +92,8 @@ def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int 
     """
     if local_size is not None:
         return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
+    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise ValueError("only causal attention with padding is supported; the model asks for a mask of its own on top")
     if attention_mask is None or attention_mask.all():
         return None
     return attention_mask
@@ -95,12 +105,6 @@ def _is_sliding(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     index = getattr(module, "layer_idx", None)
     return kinds is not None and index is not None and kinds[index] in ("sliding_attention", "chunked_attention")
-
-
-def _learned_sink(logits: Tensor, like: AttentionState) -> AttentionState:
-    """A model's learned sink (gpt-oss) takes its share of the softmax and has no value."""
-    lse = logits.detach().float().view(1, -1, 1).expand(like.lse.shape)
-    return AttentionState(torch.zeros_like(like.out), lse)
 
 
 class RetrievalLayer(DynamicLayer):
@@ -130,6 +134,11 @@ class RetrievalLayer(DynamicLayer):
         """Returns the new keys and values, the keys with a handle on this layer; they are stored by `attend`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._awaiting:
+            raise ValueError(
+                "the keys of the last forward pass were never attended to: the model must be loaded with "
+                "attn_implementation='retrieval' (after an interrupted pass, call settle() on the cache first)"
+            )
         if key_states.shape[0] != len(self.memories):
             raise ValueError(f"the cache holds a batch of {len(self.memories)}, got a batch of {key_states.shape[0]}")
         self._awaiting = True
@@ -203,17 +212,17 @@ class RetrievalLayer(DynamicLayer):
     def crop(self, tokens: int) -> None:
         """Drop the last `-tokens` tokens; a positive number is the length to keep (transformers before 5.20)."""
         keep = min(self._seen, tokens if tokens > 0 else self._seen + tokens)
-        self._awaiting = False
         if keep < 0:
             raise ValueError(f"cannot drop {-tokens} tokens, the cache holds {self._seen}")
-        for b, memory in enumerate(self.memories):
-            dropped = self._seen - keep
-            if self._padding is not None:
-                dropped = int(self._padding[b, keep:].sum())
-            memory.crop(memory.length - dropped)
+        self.keep(keep)
+
+    def keep(self, n_tokens: int) -> None:
+        """Go back to the first `n_tokens` of each row, whatever an interrupted pass left behind; may be repeated."""
         if self._padding is not None:
-            self._padding = self._padding[:, :keep]
-        self._seen = keep
+            self._padding = self._padding[:, :n_tokens]
+        for b, memory in enumerate(self.memories):
+            memory.crop(n_tokens if self._padding is None else int(self._padding[b].sum()))
+        self._seen, self._awaiting = n_tokens, False
 
     def reset(self) -> None:
         """Forget everything."""
@@ -275,6 +284,7 @@ class RetrievalCache(DynamicCache):
                 f"{_model_type(model_config)!r} has no full-attention layer, so there is nothing to retrieve"
             )
         require_safe_threads()
+        self.spoiled = False
         self._cancelled = threading.Event()
         this = weakref.ref(self)
         for layer in self.retrieval_layers:
@@ -302,22 +312,27 @@ class RetrievalCache(DynamicCache):
                 layer.phase = "auto"
 
     def start_builds(self) -> list["Future[Any]"]:
-        """Build the missing indexes in a background thread, first layer first; returns the builds now under way.
+        """Build the indexes that are missing or outgrown in a background thread, first layer first.
 
-        A step that needs an index waits for it; an error of the build is raised there.
+        Returns the builds now under way. A step that needs an index waits for it, and an error is raised there.
         """
-        waiting = [memory for memory in self.memories if memory.wants_build()]
+        waiting = [memory for memory in self.memories if memory.wants_build() or memory.outgrown()]
         if waiting:
             self._submit_builds(waiting)
         return [memory.building for memory in self.memories if memory.building is not None]
 
     def _submit_builds(self, waiting: list[LayerMemory]) -> None:
-        self._cancelled.clear()
-        threads = self.config.threads
-        pool = ThreadPoolExecutor(1, "retrieval-build", initializer=lambda: _use_threads(threads))
+        # An event of their own: those that were cancelled before stay cancelled.
+        cancelled = self._cancelled = threading.Event()
+        pool = ThreadPoolExecutor(1, "retrieval-build", initializer=self.use_threads)
         for memory in waiting:
-            memory.build_later(pool.submit(memory.build, self._cancelled.is_set))
+            memory.build_later(pool.submit, cancelled.is_set)
         pool.shutdown(wait=False)
+
+    def use_threads(self) -> None:
+        """Apply `config.threads` to the calling thread: numba's setting is per thread."""
+        if self.config.threads is not None:
+            set_threads(self.config.threads)
 
     def cancel_builds(self) -> None:
         """Stop builds under way and those not begun; a later step starts them anew."""
@@ -334,10 +349,24 @@ class RetrievalCache(DynamicCache):
         self._crop_to(tokens if tokens > 0 else self.get_seq_length() + tokens)
 
     def settle(self) -> None:
-        """After an interrupted forward pass: bring all layers back to the tokens that every layer holds."""
-        lengths = {layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")}
-        if len(lengths) > 1:
+        """After a forward pass, interrupted or not: bring all layers to the tokens that every layer holds.
+
+        Never raises. If a sliding-window layer has let go of what it would need, the cache is `spoiled`, and refuses
+        further use.
+        """
+        for memory in self.memories:
+            memory.drop_failed_build()
+        lengths = [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
+        try:
             self._crop_to(min(lengths))
+        except ValueError:
+            self.spoiled = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See transformers; raises ValueError if an interrupted pass has left the layers uneven for good."""
+        if self.spoiled:
+            raise ValueError("an interrupted forward pass left this cache uneven; start a new cache and prefill")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _crop_to(self, keep: int) -> None:
         for i, layer in enumerate(self.layers):
@@ -346,6 +375,9 @@ class RetrievalCache(DynamicCache):
                     f"layer {i} ({type(layer).__name__}) cannot go back to {keep} tokens; start a new cache and prefill"
                 )
         for layer in self.layers:
+            if isinstance(layer, RetrievalLayer):
+                layer.keep(keep)
+                continue
             # Recording layers drop what they recorded on every crop, so they are told even when nothing goes; others
             # are not, because before 5.14 a stock layer takes crop(0) for "drop everything".
             extra = layer.get_seq_length() - keep
@@ -356,11 +388,6 @@ class RetrievalCache(DynamicCache):
         """Start the measurement of steps anew."""
         for layer in self.retrieval_layers:
             layer.clock = StepClock()
-
-
-def _use_threads(n: int | None) -> None:
-    if n is not None:
-        set_threads(n)
 
 
 def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:
@@ -390,6 +417,8 @@ def refuse_unserved(model_config: Any) -> None:
         raise ValueError(f"{name!r} uses multi-head latent attention (MLA), whose cache holds no keys to retrieve")
     if getattr(text, "attn_logit_softcapping", None) is not None:
         raise ValueError(f"{name!r} softcaps its attention logits, which are then not inner products to search by")
+    if getattr(text, "model_type", "") == "gpt_oss":
+        raise ValueError(f"{name!r} has learned attention sinks, which are not supported")
     if getattr(text, "num_kv_shared_layers", 0):
         raise ValueError(f"{name!r} shares keys and values between layers, which is not supported")
     if getattr(text, "num_attention_heads", None) is None or getattr(text, "model_type", "") in _NO_ATTENTION:

@@ -141,6 +141,7 @@ def load(
     model: None for the small model that ships with the package; else a local folder or a hub id.
     device: "auto" takes CUDA if there is one, else the CPU. dtype: "auto" is the checkpoint's own; or "float32",
     "bfloat16", "float16". weights: "auto" as stored, "bf16", or "int8" / "int4" through bitsandbytes if installed.
+    `config.threads` also sets PyTorch's thread count, which belongs to the process.
 
     Raises FileNotFoundError for a missing path, ValueError for a model that is not a causal LM or whose attention
     cannot be served (named), ImportError with the install command for a missing extra. Model code from a hub is never
@@ -148,12 +149,14 @@ def load(
     """
     config = config or RetrievalConfig()
     source = str(EMBEDDED if model is None else model)
+    if Path(source).expanduser().is_dir():
+        source = str(Path(source).expanduser())
     _require_causal_lm(source)
     register()
     chosen = _choose_device(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    options = _weight_options(weights, dtype)
+    options = _weight_options(weights, dtype, chosen)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, attn_implementation=NAME, **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -193,7 +196,7 @@ def _choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _weight_options(weights: str, dtype: str | torch.dtype) -> dict[str, Any]:
+def _weight_options(weights: str, dtype: str | torch.dtype, device: torch.device) -> dict[str, Any]:
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
     name = str(dtype).removeprefix("torch.")
@@ -202,6 +205,8 @@ def _weight_options(weights: str, dtype: str | torch.dtype) -> dict[str, Any]:
     if weights == "auto":
         return {"dtype": name}
     if weights == "bf16":
+        if name not in ("auto", "bfloat16"):
+            raise ValueError(f"weights='bf16' and dtype={name!r} contradict each other; give one of them")
         return {"dtype": torch.bfloat16}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"weights={weights!r} needs bitsandbytes; pip install 'retrieval-attn[quant]'")
@@ -212,4 +217,4 @@ def _weight_options(weights: str, dtype: str | torch.dtype) -> dict[str, Any]:
         if weights == "int8"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     )
-    return {"dtype": name, "quantization_config": quantised, "device_map": "auto"}
+    return {"dtype": name, "quantization_config": quantised, "device_map": {"": device}}

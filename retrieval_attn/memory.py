@@ -1,5 +1,6 @@
 """One sequence in one layer: its host store, its window, the sample of its queries, and the index over what is far."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -7,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrieval_attn.build import QuerySample, build_far_index
+from retrieval_attn.build import BuiltIndex, QuerySample, build_far_index, index_kind
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.index import Index
 from retrieval_attn.offload import HostStore
 from retrieval_attn.window import Split, Window, split
+
+log = logging.getLogger("retrieval_attn")
 
 
 class LayerShape(NamedTuple):
@@ -40,7 +43,8 @@ class LayerMemory:
         self.sample = QuerySample(config.build_queries)
         self.build_seconds = 0.0
         self._index: Index | None = None
-        self._building: Future[Index] | None = None
+        self._built_on = 0
+        self._building: Future[BuiltIndex] | None = None
 
     @property
     def length(self) -> int:
@@ -70,18 +74,22 @@ class LayerMemory:
         """Whether there are far tokens that no index covers and no build is under way for."""
         return self._index is None and self._building is None and self.split.n_far > 0
 
-    def build(self, cancelled: Callable[[], bool] | None = None) -> Index:
-        """Build the index over the far keys of this moment; the caller decides in which thread."""
-        built = build_far_index(self.config, self.far_keys(), self.sample.queries(), cancelled)
-        self.build_seconds = built.seconds
-        return built.index
+    def outgrown(self) -> bool:
+        """Whether the index was built for another kind of context: far shorter, or too short for its kind."""
+        if self._index is None or self._building is not None:
+            return False
+        n_far = self.split.n_far
+        return n_far > 2 * self._built_on or self._index.kind != index_kind(self.config, n_far)
 
-    def build_later(self, building: "Future[Index]") -> None:
-        """Let the first search wait for a build that runs elsewhere; its failure surfaces there."""
-        self._building = building
+    def build_later(self, submit: Callable[..., "Future[BuiltIndex]"], cancelled: Callable[[], bool]) -> None:
+        """Hand the build to another thread; the first search waits for it, and its failure surfaces there.
+
+        Keys and queries are those of this moment: what the caller adds meanwhile is appended to the index later.
+        """
+        self._building = submit(build_far_index, self.config, self.far_keys(), self.sample.queries(), cancelled)
 
     @property
-    def building(self) -> "Future[Index] | None":
+    def building(self) -> "Future[BuiltIndex] | None":
         """The build that the next search will wait for, if there is one."""
         return self._building
 
@@ -91,26 +99,38 @@ class LayerMemory:
             self._building.cancel()
             self._building = None
 
+    def drop_failed_build(self) -> None:
+        """Let go of a build that failed, with a word in the log; the next search starts anew."""
+        building = self._building
+        if building is not None and building.done() and (building.cancelled() or building.exception() is not None):
+            self._building = None
+            if not building.cancelled():
+                log.warning("an index build failed and will be repeated: %s", building.exception())
+
     def index(self) -> Index:
         """The index over exactly the far keys: built, waited for, or brought up to date as needed."""
         if self._building is not None:
-            # Cleared only once the result is in: an interrupted wait must not lose the build.
-            self._index = self._building.result()
-            self._building = None
+            self._take_build(self._building)
         if self._index is None:
-            self._index = self.build()
+            self._adopt(build_far_index(self.config, self.far_keys(), self.sample.queries()))
+        assert self._index is not None
         self._follow_boundary(self._index)
         return self._index
 
     def crop(self, length: int) -> None:
-        """Forget every token from `length` on, in store, window, sample and index."""
-        if length >= self.length:
+        """Forget every token from `length` on, in store, window, sample and index; also what an interrupted `append`
+        left in some of them. May be repeated: interrupted, it leaves nothing that a second call does not mend.
+        """
+        if max(self.length, self.window.length, self.sample.length) <= length:
             return
+        if self._building is not None:
+            try:
+                self._take_build(self._building)
+            except Exception as error:
+                log.warning("an index build failed and will be repeated: %s", error)
         self.window.crop(length, self.store.keys(), self.store.values())
         self.store.crop(length)
         self.sample.crop(length)
-        if self._building is not None:
-            self._index, self._building = self._building.result(), None
         if self._index is None:
             return
         # Cut by more than half, an index no longer suits its keys: the next search builds a new one.
@@ -118,6 +138,19 @@ class LayerMemory:
             self._index = None
         elif self.split.n_far < self._index.n_keys:
             self._index.truncate(self.split.n_far)
+
+    def _take_build(self, building: "Future[BuiltIndex]") -> None:
+        try:
+            built = building.result()
+        except Exception:
+            # A failed build is reported once, and begun anew; an interrupted wait must not lose the build.
+            self._building = None
+            raise
+        self._building = None
+        self._adopt(built)
+
+    def _adopt(self, built: BuiltIndex) -> None:
+        self._index, self._built_on, self.build_seconds = built.index, built.index.n_keys, built.seconds
 
     def copy(self) -> "LayerMemory":
         """An independent memory with the same tokens; it builds its own index."""
@@ -136,7 +169,7 @@ class LayerMemory:
 
     def adopt_index(self, index: Index) -> None:
         """Use an index that was built over these far keys."""
-        self._index = index
+        self._index, self._built_on = index, index.n_keys
 
     @property
     def index_if_built(self) -> Index | None:

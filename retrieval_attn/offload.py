@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+import threading
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class HostStore:
         self._keys = _reserve(kv_heads, capacity, key_dim, dtype)
         self._values = _reserve(kv_heads, capacity, value_dim, dtype)
         self._transfers: list[_Transfer] = []
+        self._transferring = threading.Lock()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add n tokens. keys (G, n, D), values (G, n, Dv), any device, the store's dtype."""
@@ -43,7 +45,8 @@ class HostStore:
         if stop > self.capacity:
             self._grow(max(stop, 2 * self.capacity))
         if keys.device.type == "cuda":
-            self._transfers.append(_start_transfer(start, keys, values))
+            with self._transferring:
+                self._transfers.append(_start_transfer(start, keys, values))
         else:
             self._write(start, keys, values)
         self.length = stop
@@ -75,11 +78,12 @@ class HostStore:
         self._values[:, start:stop].copy_(values)
 
     def _finish_transfers(self) -> None:
-        while self._transfers:
-            transfer = self._transfers[0]
-            transfer.done.synchronize()
-            self._write(transfer.start, transfer.keys, transfer.values)
-            self._transfers.pop(0)
+        # The builder's thread reads too: each transfer is written once, and nobody reads before it is.
+        with self._transferring:
+            for transfer in self._transfers:
+                transfer.done.synchronize()
+                self._write(transfer.start, transfer.keys, transfer.values)
+            self._transfers.clear()
 
     def _grow(self, capacity: int) -> None:
         self._finish_transfers()

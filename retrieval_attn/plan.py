@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 from retrieval_attn.config import RetrievalConfig
 
-# Neighbour lists of the graph: 32 links of 4 bytes per key and KV head, and room for reverse links.
-GRAPH_BYTES_PER_KEY = 32 * 4 + 16
+# Graph: 32 links of 4 bytes per key and KV head, and room to grow by an eighth.
+GRAPH_BYTES_PER_KEY = 32 * 4 * 9 // 8
 
 GIB = 2**30
 
@@ -58,7 +58,8 @@ def plan_memory(model_config: Any, n_tokens: int, dtype: torch.dtype, config: Re
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     row = 2 * dim * dtype.itemsize
     n_near = min(n_tokens, config.n_sink + config.n_local)
-    per_key = GRAPH_BYTES_PER_KEY if config.index == "graph" else 0
+    # faiss's lists hold float32 copies of the keys, and 8-byte ids.
+    per_key = {"exact": 0, "graph": GRAPH_BYTES_PER_KEY, "ivf": 4 * dim + 8}[config.index]
     return MemoryPlan(
         n_tokens=n_tokens,
         host_kv=n_layers * heads * row * n_tokens,

@@ -40,13 +40,25 @@ def save_session(session: "Session", directory: Path) -> None:
     temporary.mkdir()
     try:
         _write(session, temporary)
-        old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-        if directory.exists():
-            directory.rename(old)
-        temporary.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(directory, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(directory: Path, new: Path) -> None:
+    """Put `new` in the place of `directory`; interrupted, the old one is put back."""
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    replacing = directory.exists()
+    if replacing:
+        directory.rename(old)
+    try:
+        new.rename(directory)
+    except BaseException:
+        if replacing:
+            old.rename(directory)
+        raise
+    _flush(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_session(llm: "LLM", directory: Path) -> "Session":
@@ -59,9 +71,9 @@ def restore_session(llm: "LLM", directory: Path) -> "Session":
     session = llm.session(manifest["system"])
     session.token_ids, session.messages = manifest["token_ids"], manifest["messages"]
     session._answer_start, session._turn_open = manifest["answer_start"], manifest["turn_open"]
-    session._cached = session.token_ids[: manifest["cached"]]
+    session._cached = manifest["cached_ids"]
     for i, layer in enumerate(session.cache.layers):
-        if manifest["cached"]:
+        if manifest["cached_ids"]:
             _read_layer(layer, directory, i, llm.model.device)
     return session
 
@@ -78,7 +90,9 @@ def _check_config(directory: Path, saved: RetrievalConfig, ours: RetrievalConfig
 
 def fingerprint(llm: "LLM") -> str:
     """What a cache depends on: the model's configuration and its weights, sampled."""
-    digest = hashlib.sha256(json.dumps(llm.model.config.to_diff_dict(), sort_keys=True, default=str).encode())
+    config = llm.model.config.to_diff_dict()
+    config.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(llm.model.named_parameters()):
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64]
         digest.update(name.encode())
@@ -101,7 +115,8 @@ def _write(session: "Session", folder: Path) -> None:
         "messages": session.messages,
         "answer_start": session._answer_start,
         "turn_open": session._turn_open,
-        "cached": len(session._cached),
+        # Not always the first of token_ids: a turn may have been interrupted in its prefill.
+        "cached_ids": session._cached,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))

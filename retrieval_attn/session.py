@@ -46,8 +46,6 @@ class Session:
         self._answer_start: int | None = None
         self._turn_open = False
 
-    # -- turns ---------------------------------------------------------------------------------------------------------
-
     def ask(self, text: str, *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
         """Answer a user's turn, after everything said before; options as in `LLM.generate`."""
         for _ in self.stream(text, on_progress=on_progress, **sampling):
@@ -128,27 +126,36 @@ class Session:
             if last is not None and last.token_ids:
                 self.messages = [*asked, {"role": "assistant", "content": last.text}]
 
-    # -- storage -------------------------------------------------------------------------------------------------------
-
     def save(self, directory: str | Path) -> None:
         """Write the conversation with its keys, values and indexes to a new folder; see `LLM.restore`."""
         from retrieval_attn.saved import save_session
 
         save_session(self, Path(directory))
 
-    # -- parts ---------------------------------------------------------------------------------------------------------
-
     def _begin(self, ids: list[int], on_progress: OnProgress | None, sampling: dict[str, Any]) -> Request:
         """Check what is asked, drop what the cache holds beyond the common prefix, and make the request."""
+        self._mend()
         request = self.llm.request(self.cache, on_progress, sampling)
         self.llm.encode(ids)
-        held = sum(memory.store.nbytes for memory in self.cache.memories)
-        self.llm.plan(len(ids)).check(already=held)
+        self.llm.plan(len(ids)).check(already=self._bytes_held())
         keep = min(_common_prefix(ids, self._cached), len(ids) - 1)
         if keep < len(self._cached):
             self._go_back(keep)
         request.cache = self.cache
         return request
+
+    def _bytes_held(self) -> int:
+        indexes = (memory.index_if_built for memory in self.cache.memories)
+        stored = sum(memory.store.nbytes for memory in self.cache.memories)
+        return stored + sum(index.nbytes for index in indexes if index is not None)
+
+    def _mend(self) -> None:
+        """After an interruption, wherever it struck: all layers hold the same tokens, and they are the ones we name."""
+        self.cache.settle()
+        if self.cache.spoiled:
+            log.warning("the last turn was interrupted where this model cannot go back; prefilling anew")
+            self.cache, self._cached = self.llm.new_cache(), []
+        self._cached = self._cached[: self.cache.get_seq_length()]
 
     def _go_back(self, keep: int) -> None:
         try:
@@ -183,6 +190,8 @@ class Session:
         if self.token_ids and not self._turn_open:
             history += [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
         rendered = self.llm.render([*history, {"role": "user", "content": _MARK}], add_generation_prompt=True)
+        if rendered.count(_MARK) != 1:
+            raise ValueError("the chat template does not render a user's text exactly once; use token ids instead")
         before, after = rendered.split(_MARK)
         return _Around(_BETWEEN if self._turn_open else before.split(_REPLY)[-1], after)
 

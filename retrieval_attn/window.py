@@ -69,6 +69,8 @@ class Window:
 
     def crop(self, length: int, keys: Tensor, values: Tensor) -> None:
         """Go back to `length` tokens; keys and values (G, >= length, D) are the stored ones, which refill the ring."""
+        if length >= self.length:
+            return
         old_start = max(self._n_sink, self.length - self._n_local)
         new_start = max(self._n_sink, length - self._n_local)
         returning = list(range(new_start, min(old_start, length)))

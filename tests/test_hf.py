@@ -261,3 +261,111 @@ def test_kv_stays_16_bit_and_unchanged():
     assert memory.store.keys().dtype == torch.bfloat16
     assert torch.equal(memory.store.keys(), stock.layers[0].keys[0])
     assert torch.equal(memory.store.values(), stock.layers[0].values[0])
+
+
+class TestInterruptions:
+    """Wherever Ctrl-C or an error strikes, `settle` brings store, window, sample, index and layers back in step."""
+
+    def run_interrupted(self, monkeypatch, where, error=KeyboardInterrupt):
+        """Prefill, decode twice, and be interrupted at `where` in the third step; returns the model, cache and ids."""
+        model, ids = tiny_model("llama"), prompt_ids(300)
+        cache = ra.RetrievalCache(model.config, small("graph"))
+        with torch.no_grad():
+            model(ids[:, :298], past_key_values=cache)
+            model(ids[:, 298:299], past_key_values=cache)
+            with monkeypatch.context() as patched, pytest.raises(error):
+                patched.setattr(where, _raising(error))
+                model(ids[:, 299:], past_key_values=cache)
+        return model, cache, ids
+
+    @pytest.mark.parametrize(
+        "where",
+        [
+            "retrieval_attn.decode.attend_far",
+            "retrieval_attn.decode.attend_near",
+            "retrieval_attn.offload.HostStore.append",
+            "retrieval_attn.window.Window.append",
+        ],
+    )
+    def test_in_a_decode_step(self, monkeypatch, where):
+        model, cache, ids = self.run_interrupted(monkeypatch, where)
+        cache.settle()
+        assert {layer.get_seq_length() for layer in cache.layers} == {299}
+        for memory in cache.memories:
+            assert memory.length == memory.window.length == memory.sample.length == 299
+        assert greedy(model, ids, cache) == greedy(tiny_model("llama", "sdpa"), ids)
+
+    def test_in_a_crop_that_waits_for_a_build(self, monkeypatch):
+        model, ids = tiny_model("llama"), prompt_ids(300)
+        cache = ra.RetrievalCache(model.config, small())
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        cache.start_builds()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("retrieval_attn.memory.LayerMemory._take_build", _raising(KeyboardInterrupt))
+            cache.crop(-100)
+        cache.settle()
+        cache.crop(200 - cache.get_seq_length())
+        assert [memory.length for memory in cache.memories] == [200] * 3
+        assert greedy(model, ids[:, :200], _minus_one(cache)) == greedy(tiny_model("llama", "sdpa"), ids[:, :200])
+
+    def test_a_hybrid_that_cannot_go_back_is_spoiled_not_wrong(self, monkeypatch):
+        model, ids = tiny_model("gemma3"), prompt_ids(200)
+        cache = ra.RetrievalCache(model.config, small())
+        with torch.no_grad():
+            model(ids[:, :150], past_key_values=cache)
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr("retrieval_attn.hf.prefill", _raising(KeyboardInterrupt))
+                model(ids[:, 150:], past_key_values=cache)
+            cache.settle()
+            assert cache.spoiled
+            with pytest.raises(ValueError, match="start a new cache"):
+                model(ids[:, 150:], past_key_values=cache)
+
+
+def _raising(error):
+    def raising(*args, **kwargs):
+        raise error
+
+    return raising
+
+
+def _minus_one(cache):
+    """generate() wants at least one token to run."""
+    cache.crop(-1)
+    return cache
+
+
+def test_cache_with_a_model_of_another_attention_is_refused():
+    """Its new tokens would be attended to alone, and the rest of the context silently ignored."""
+    model = tiny_model("llama", "sdpa")
+    with pytest.raises(ValueError, match="must be loaded with attn_implementation='retrieval'"):
+        model.generate(prompt_ids(100), past_key_values=ra.RetrievalCache(model.config, small()), max_new_tokens=3)
+
+
+def test_failed_build_is_begun_anew(monkeypatch):
+    model, ids = tiny_model("llama"), prompt_ids(200)
+    cache = ra.RetrievalCache(model.config, small())
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        with monkeypatch.context() as patched:
+            patched.setattr("retrieval_attn.build.build_index", _raising(MemoryError("no room")))
+            for build in cache.start_builds():
+                assert isinstance(build.exception(), MemoryError)
+        with pytest.raises(MemoryError, match="no room"):
+            model(ids[:, -1:], past_key_values=cache)
+    cache.settle()
+    assert greedy(model, ids, cache) == greedy(tiny_model("llama", "sdpa"), ids)
+
+
+def test_an_outgrown_index_is_built_anew():
+    """Chat first, then a long text: the scan that served the short context must not serve the long one."""
+    model = tiny_model("llama")
+    cache = ra.RetrievalCache(model.config, small("graph", exact_below=64))
+    kinds = []
+    with torch.no_grad():
+        for length in (40, 400):
+            model(prompt_ids(length), past_key_values=cache)
+            cache.start_builds()
+            kinds.append({memory.index().kind for memory in cache.memories})
+    assert kinds == [{"exact"}, {"graph"}]

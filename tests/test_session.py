@@ -231,3 +231,25 @@ def test_model_without_chat_template_continues_text(tmp_path):
     assert session.token_ids[: len(llm.encode(TEXT)) + 4] == llm.encode(TEXT) + done.token_ids
     with pytest.raises(ValueError, match="no chat template"):
         llm.generate([{"role": "user", "content": "hello"}])
+
+
+def test_session_saved_after_an_interrupted_read_restores_its_own_cache(llm, tmp_path, monkeypatch):
+    """The cache then holds tokens that are not part of the conversation."""
+    session = llm.session()
+    session.ask("One?", max_new_tokens=3)
+    calls = []
+
+    def stop_late(progress):
+        calls.append(progress)
+        if progress.done >= 150:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.read(TEXT, on_progress=stop_late)
+    session.save(tmp_path / "saved")
+    restored = llm.restore(tmp_path / "saved")
+    question = "How many ships does the keeper count, and why? " * 3
+    ours, theirs = (s.ask(question, max_new_tokens=6) for s in (session, restored))
+    assert theirs.token_ids == ours.token_ids
+    assert theirs.stats.reused_tokens == ours.stats.reused_tokens
+    assert ours.token_ids == llm.generate(session.token_ids[:-6], max_new_tokens=6).token_ids
