@@ -200,8 +200,7 @@ def _layer_notes(options: Options, env: dict[str, Any], rows: list[Row]) -> list
     cold = f"caches are cold: {swept:.0f} MiB of other memory are read and written before each step"
     notes = [
         f"ms: one step of one layer of {options.layers}, median of {options.gen} steps x {options.repeat} repeats, the "
-        "methods in turn on the same fresh queries; search includes adding to the index what leaves the window; rest "
-        "is appending and bookkeeping",
+        "methods in turn on the same fresh queries; rest is appending, to the index too, and bookkeeping",
         cold if options.device == "cpu" else "caches are as the steps before leave them",
         "no prefill is run: TTFT, prefill and TPOT are those of a model (--shape embedded or --model)",
         "full: the sdpa attention function of stock transformers; what its cache costs (one copy of all keys and "

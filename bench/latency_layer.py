@@ -72,7 +72,7 @@ class Retrieving:
         self._memories = [_twin(layer.memory, config) for layer in layers]
         for memory in self._memories:
             if memory.split.n_far:
-                memory.adopt_index(memory.build())
+                memory.index()
         self._build_seconds = sum(memory.build_seconds for memory in self._memories)
 
     def step(self, n: int, query: Tensor, layer: int) -> Step:

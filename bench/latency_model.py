@@ -224,7 +224,11 @@ def _check(row: Row, run: Run, full: Run | None, options: Options) -> None:
     same = row["method"] in rivals.FUNCTIONS
     allowed = TOLERANCE[options.dtype]
     finite = bool(torch.isfinite(run.logits).all())
-    row["check"] = "passed" if finite and (not same or row["rel_error"] <= allowed) else "failed"
+    if finite and not same:
+        # Retrieval attends to fewer keys on purpose: its error is reported, and nothing is there to pass.
+        row["check"] = "not compared"
+        return
+    row["check"] = "passed" if finite and row["rel_error"] <= allowed else "failed"
     if row["check"] == "failed":
         row["status"] = "failed"
         row["reason"] = (
