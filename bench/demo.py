@@ -115,9 +115,6 @@ def _ids(llm: LLM, doc: Document, fact: Fact) -> list[int]:
     return llm.encode([{"role": "user", "content": f"{doc.text}\n\n{fact.question}"}])
 
 
-# The two sides -------------------------------------------------------------------------------------------------------
-
-
 def ask_retrieval(llm: LLM, text: str, questions: Sequence[Question], console: Console) -> Report:
     """Our side: read the document, index it, answer each question from the document's cache."""
     report, session = Report(), llm.session()
@@ -210,9 +207,6 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     first = sequences[0]
     end = next((i for i in range(n) if any(other[i] != first[i] for other in sequences[1:])), n)
     return list(first[:end])
-
-
-# What is printed -----------------------------------------------------------------------------------------------------
 
 
 def comparison(ours: Report, full: Report, questions: Sequence[Question]) -> Table:

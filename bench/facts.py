@@ -56,9 +56,6 @@ class Document:
     depths: tuple[float, ...]
 
 
-# Facts ----------------------------------------------------------------------------------------------------------
-
-
 def _listed(words: str) -> tuple[str, ...]:
     return tuple(words.split())
 
@@ -228,8 +225,6 @@ def make_facts(n: int, seed: int) -> list[Fact]:
     return facts
 
 
-# Prose ----------------------------------------------------------------------------------------------------------
-
 WORDS = {
     "person": (
         "the miller|the captain|an old sailor|the schoolmaster|the baker's daughter|a young clerk|the widow|the mayor|"
@@ -330,8 +325,6 @@ def _paragraphs(pieces: Sequence[str], seed: int) -> str:
         out.append(" ".join(block))
     return "\n\n".join(out)
 
-
-# Documents ------------------------------------------------------------------------------------------------------
 
 # Real books break lines anywhere; a sentence ends in .!? (and perhaps a quote) before white space.
 _SENTENCE_END = re.compile(r"(?<=[a-z)][.!?])(?P<gap>\s+)|(?<=[.!?][\"”\u2019])(?P<quoted>\s+)")

@@ -223,9 +223,6 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-# Filling ------------------------------------------------------------------------------------------------------------
-
-
 def _n_steps(options: Options) -> int:
     return options.gen * (options.warmup + options.repeat)
 
@@ -292,9 +289,6 @@ def _twin(memory: LayerMemory, config: RetrievalConfig) -> LayerMemory:
     twin.store = copy.copy(memory.store)
     twin.window, twin.sample = memory.window.copy(), memory.sample.copy()
     return twin
-
-
-# Measuring ----------------------------------------------------------------------------------------------------------
 
 
 def _make_methods(

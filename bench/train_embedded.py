@@ -57,8 +57,6 @@ MIDDLE_PAIRS = slice(9, 17)
 FIRST_TRAINING_SEED = 1_000_000
 
 
-# Tokenizer --------------------------------------------------------------------------------------------------------
-
 # How byte-level BPE writes the byte of a blank.
 BLANK = "Ġ"
 WORD_PATTERN = r" ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -122,9 +120,6 @@ def train_tokenizer(corpus: Sequence[str], seed: int, out: Path) -> None:
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (out / "tokenization.py").write_text(TOKENIZATION_PY)
-
-
-# Model ------------------------------------------------------------------------------------------------------------
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
@@ -332,9 +327,6 @@ def read_context(model: Qwen2ForCausalLM, ids: Tensor) -> Context:
     return Context([x.to(torch.bfloat16) for x in inputs])
 
 
-# Data -------------------------------------------------------------------------------------------------------------
-
-
 class Pool(NamedTuple):
     """Sentences as tokens, each with the white space before it: sentence i is tokens[ends[i]:ends[i + 1]]."""
 
@@ -512,9 +504,6 @@ def stack(dialogues: Sequence[Dialogue], device: str) -> Batch:
     return Batch(ids.long(), answer.long(), filler)
 
 
-# Loss -------------------------------------------------------------------------------------------------------------
-
-
 class Score(NamedTuple):
     """loss for back-propagation; right: one bool per answer, true if every token of it was the likeliest."""
 
@@ -554,9 +543,6 @@ def score(
         prose = F.cross_entropy(model.lm_head(h.flatten(0, 1)[others].float()), targets.flatten()[others])
         loss = loss + prose_weight * prose
     return Score(loss, wrong == 0)
-
-
-# Stages -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -725,9 +711,6 @@ def export(model: Qwen2ForCausalLM, out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-# Measurement ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

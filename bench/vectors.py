@@ -140,9 +140,6 @@ def _check(S: int, H: int, G: int, D: int, n_prefill: int, n_heldout: int) -> No
         raise ValueError(f"D must be a multiple of 16, got {D}")
 
 
-# What stands in the context -----------------------------------------------------------------------------------------
-
-
 def _write_text(S: int, n_prefill: int, n_heldout: int, make: torch.Generator) -> _Text:
     frequency = 1.0 / (torch.arange(_N_WORDS) + 10.0)
     words = torch.multinomial(frequency, S, replacement=True, generator=make)
@@ -203,9 +200,6 @@ class _KeyHead:
         emphasis[: self._topics.shape[1]] *= _GLANCE
         wanted = (self._content(mine, make) * emphasis) @ self._image
         return _rotate(wanted + self._nearness, rotary)
-
-
-# Where queries lie and how sharply they look ------------------------------------------------------------------------
 
 
 class _Spread(NamedTuple):
@@ -288,9 +282,6 @@ def _temperature(queries: Tensor, keys: Tensor, n_keys: int) -> float:
 
 def _n_top(S: int) -> int:
     return min(_TOP, max(1, S // 10))
-
-
-# Small parts --------------------------------------------------------------------------------------------------------
 
 
 def _randn(make: torch.Generator, *shape: int) -> Tensor:

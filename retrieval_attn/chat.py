@@ -34,9 +34,6 @@ BAR_TOKENS, PLAN_TOKENS = 256, 4096
 _HARMLESS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
 
 
-# What is shown -------------------------------------------------------------------------------------------------------
-
-
 def one_line(error: BaseException) -> str:
     """An error's message on a single line."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -171,8 +168,6 @@ def wait_for_indexes(session: "Session", bar: PhaseBar) -> None:
         bar.show("build", i + 1, len(waiting))
 
 
-# Files and folders ---------------------------------------------------------------------------------------------------
-
 # The longer marks first: UTF-32's begins with UTF-16's.
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -271,9 +266,6 @@ def _write_history(path: Path) -> None:
         readline.write_history_file(path)
     except OSError:
         return
-
-
-# The chat ------------------------------------------------------------------------------------------------------------
 
 
 class Chat:
@@ -410,8 +402,6 @@ class Chat:
 
     def _note(self, text: str) -> None:
         self.notes.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-    # -- commands ------------------------------------------------------------------------------------------------------
 
     def _command(self, line: str) -> None:
         name, _, rest = line.strip().partition(" ")
