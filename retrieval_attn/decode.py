@@ -21,7 +21,6 @@ class StepClock:
     merge: float = 0.0
     visited: float = 0.0
     far: float = 0.0
-    calls: int = 0
 
     @property
     def visited_fraction(self) -> float:
@@ -71,7 +70,6 @@ def _attend_far(
     hits = index.search(on_host, min(config.top_k, memory.split.n_far), effort=config.effort)
     clock.visited += float(np.mean(hits.visited))
     clock.far += memory.split.n_far
-    clock.calls += 1
     lap.to("search")
     state = attend_far(
         query.detach().cpu(), memory.far_keys(), memory.far_values(), hits.ids, scale, share_group=config.share_group

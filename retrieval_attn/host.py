@@ -143,7 +143,7 @@ class announce_compilation:
     def _announce(self) -> None:
         if not announce_compilation._said:
             announce_compilation._said = True
-            self._say("compiling CPU kernels (once per machine; about half a minute) ...")
+            self._say("compiling CPU kernels (once per machine) ...")
 
     def __enter__(self) -> None:
         self._timer = threading.Timer(1.0, self._announce)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -253,3 +254,11 @@ def test_session_saved_after_an_interrupted_read_restores_its_own_cache(llm, tmp
     assert theirs.token_ids == ours.token_ids
     assert theirs.stats.reused_tokens == ours.stats.reused_tokens
     assert ours.token_ids == llm.generate(session.token_ids[:-6], max_new_tokens=6).token_ids
+
+
+def test_two_sessions_in_two_threads_give_what_they_give_alone(llm):
+    texts = [TEXT + "How many?", "Another text altogether. " * 12]
+    alone = [llm.session().ask(text, max_new_tokens=8).token_ids for text in texts]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda text: llm.session().ask(text, max_new_tokens=8).token_ids, texts))
+    assert together == alone
