@@ -20,6 +20,7 @@ from retrieval_attn.index.exact import ExactIndex
 from retrieval_attn.index.graph import GraphIndex
 from retrieval_attn.index.ivf import IVFIndex
 from retrieval_attn.index.keys import Keys, check_keys
+from retrieval_attn.index.lift import Lift
 from retrieval_attn.index.protocol import BuildCancelled, Index, SearchResult, Steps, as_queries
 
 __all__ = ["INDEX_KINDS", "BuildCancelled", "Index", "SearchResult", "build_index", "load_index"]
@@ -35,6 +36,7 @@ def build_index(
     queries: Any = None,
     *,
     seed: int = 0,
+    lift: float | None = None,
     progress: Callable[[float], None] | None = None,
     cancel: Callable[[], bool] | None = None,
     **options: Any,
@@ -46,6 +48,8 @@ def build_index(
         Not copied: the caller keeps these rows unchanged as long as the index lives. Rows must be contiguous.
     queries: (H, T, D), a sample of the queries the model asked during prefill; H a multiple of G; or None.
     seed: the same input and seed give the same index.
+    lift: None, or the softmax scale (usually D ** -0.5): keys are then ranked with a random bonus, drawn from the seed,
+        that makes the best keys a weighted sample of all (see lift.py).
     progress: called with the fraction done; cancel: asked between blocks, ends the build with BuildCancelled.
     options: of the kind; see the `build` method of its class.
     Raises ValueError for anything else, TypeError for things that are no arrays.
@@ -64,7 +68,8 @@ def build_index(
     if queries is not None:
         queries = as_queries(queries, "queries", array.shape[0], array.shape[2])
     prepare(kind, array.dtype)
-    return index_class.build(Keys(array), queries, seed, Steps(progress, cancel), **options)
+    built_on = Keys(array, lift=None if lift is None else Lift(lift, seed, len(array)))
+    return index_class.build(built_on, queries, seed, Steps(progress, cancel), **options)
 
 
 def load_index(path: str | PathLike[str], keys: Any = None) -> Index:

@@ -14,7 +14,8 @@ import numpy as np
 from retrieval_attn.host import Array, jit
 from retrieval_attn.index import storage
 from retrieval_attn.index.dots import dot, dots_4x1, dots_4x4
-from retrieval_attn.index.keys import Flat, Keys
+from retrieval_attn.index.keys import Keys
+from retrieval_attn.index.lift import Lift
 from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
 from retrieval_attn.index.topk import best_first, offer, offer_run
 
@@ -48,6 +49,10 @@ class ExactIndex:
         return self.shape[1]
 
     @property
+    def lift(self) -> Lift | None:
+        return self._keys.lift
+
+    @property
     def nbytes(self) -> int:
         return 0
 
@@ -56,7 +61,7 @@ class ExactIndex:
         keys = self._keys
         batch = check_search(q, k, keys)
         check_effort(effort, 1)
-        ids, scores = scan(keys.flat, batch.queries, k, 0, keys.shape[1])
+        ids, scores = scan(keys, batch.queries, k, 0, keys.shape[1])
         return batch.result(ids, scores, np.full(ids.shape[:2], keys.shape[1], np.int64))
 
     def append(self, new_keys: Any, *, keys: Any = None) -> None:
@@ -79,7 +84,7 @@ class ExactIndex:
         return cls(saved.keys)
 
 
-def scan(flat: Flat, queries: Array, k: int, start: int, stop: int) -> tuple[Array, Array]:
+def scan(keys: Keys, queries: Array, k: int, start: int, stop: int) -> tuple[Array, Array]:
     """The best keys among start..stop for each query: ids (G, N, n) int32 and scores, n = min(k, stop - start).
 
     queries: (G, N, D) float32, C-contiguous. All cores work, also when G is 1.
@@ -93,13 +98,13 @@ def scan(flat: Flat, queries: Array, k: int, start: int, stop: int) -> tuple[Arr
     n_chunks = max(1, min(-(-4 * numba.get_num_threads() // n_heads), n_keys // MIN_CHUNK))
     ids = np.empty((n_heads, n_queries, n_best), np.int32)
     scores = np.empty((n_heads, n_queries, n_best), np.float32)
-    scan_parallel(flat.values, flat.stride_g, flat.stride_s, queries, start, stop, n_chunks, ids, scores)
+    scan_parallel(*keys.flat, keys.bonus, queries, start, stop, n_chunks, ids, scores)
     return ids, scores
 
 
 @jit(parallel=True)
 def scan_parallel(
-    values: Array, stride_g: int, stride_s: int, queries: Array, start: int, stop: int, n_chunks: int,
+    values: Array, stride_g: int, stride_s: int, bonus: Array, queries: Array, start: int, stop: int, n_chunks: int,
     ids: Array, scores: Array,
 ) -> None:  # fmt: skip
     n_heads, n_queries, _ = queries.shape
@@ -113,7 +118,7 @@ def scan_parallel(
         first = start + chunk * size
         last = min(first + size, stop)
         sizes[head, chunk] = scan_chunk(
-            values, head * stride_g, stride_s, queries[head], first, last,
+            values, head * stride_g, stride_s, bonus[head], queries[head], first, last,
             part_ids[head, chunk], part_scores[head, chunk],
         )  # fmt: skip
     for task in numba.prange(n_heads * n_queries):
@@ -128,9 +133,13 @@ def scan_parallel(
 
 @jit()
 def scan_chunk(
-    values: Array, base: int, stride: int, queries: Array, first: int, last: int, ids: Array, scores: Array
-) -> int:
-    """Heaps of the best among keys first..last, one per query. Returns how many each holds."""
+    values: Array, base: int, stride: int, bonus: Array, queries: Array, first: int, last: int, ids: Array,
+    scores: Array,
+) -> int:  # fmt: skip
+    """Heaps of the best among keys first..last, one per query. Returns how many each holds.
+
+    bonus: what to add to the score of each key; empty for nothing.
+    """
     n_queries = len(queries)
     tile = np.empty((4, BLOCK), np.float32)
     sizes = np.zeros(n_queries, np.int64)
@@ -149,6 +158,8 @@ def scan_chunk(
             for j in range(4 * n_quads, n_keys):
                 for i in range(width):
                     tile[i, j] = dot(values, base + (block + j) * stride, queries[query + i])
+            if len(bonus):
+                tile[:width, :n_keys] += bonus[block : block + n_keys]
             for i in range(width):
                 at = query + i
                 sizes[at] = offer_run(scores[at], ids[at], sizes[at], tile[i, :n_keys], block)

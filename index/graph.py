@@ -16,6 +16,7 @@ from retrieval_attn.index.graph_append import forget, link_new
 from retrieval_attn.index.graph_build import build_head
 from retrieval_attn.index.graph_search import search_graphs
 from retrieval_attn.index.keys import Keys
+from retrieval_attn.index.lift import Lift
 from retrieval_attn.index.protocol import Batch, SearchResult, Steps, check_effort, check_search, check_truncate
 
 # A search begins at the hubs and at the best 64 keys of the 4 stored queries most like it.
@@ -41,7 +42,7 @@ class GraphIndex:
         self._hubs = hubs
         self._anchors = anchors
         self._wanted = wanted
-        self._anchor_rows = Keys(anchors).flat
+        self._anchor_rows = Keys(anchors)
         self._tail = tail
         self._lock = threading.Lock()
 
@@ -109,6 +110,10 @@ class GraphIndex:
         return self.shape[1]
 
     @property
+    def lift(self) -> Lift | None:
+        return self._state.keys.lift
+
+    @property
     def nbytes(self) -> int:
         """Links (with room to grow), hubs, stored queries and their lists."""
         return self._state.links.nbytes + self._hubs.nbytes + self._anchors.nbytes + self._wanted.nbytes
@@ -121,7 +126,7 @@ class GraphIndex:
         n_keys = keys.shape[1]
         # A beam that could hold all linked keys; so also when all keys are asked for.
         if effort >= n_linked:
-            ids, scores = scan(keys.flat, batch.queries, k, 0, n_keys)
+            ids, scores = scan(keys, batch.queries, k, 0, n_keys)
             return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
         n_heads, n_queries, _ = batch.queries.shape
         ids = np.empty((n_heads, n_queries, k), np.int32)
@@ -130,7 +135,7 @@ class GraphIndex:
         starts = self._starts(batch, seeds)
         search_graphs(*keys.flat, n_linked, links, starts, batch.queries, effort, ids, scores, visited)
         if n_keys > n_linked:
-            tail_ids, tail_scores = scan(keys.flat, batch.queries, k, n_linked, n_keys)
+            tail_ids, tail_scores = scan(keys, batch.queries, k, n_linked, n_keys)
             ids, scores = merge_ranked(ids, scores, tail_ids, tail_scores)
             visited += n_keys - n_linked
         return batch.result(ids, scores, visited)

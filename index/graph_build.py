@@ -162,7 +162,7 @@ def search_cluster(
     # One more than asked for: the nearest may be the asker itself.
     ids = np.empty((len(askers), k + 1), np.int32)
     scores = np.empty((len(askers), k + 1), np.float32)
-    n = scan_chunk(members.reshape(-1), 0, dim + 1, asked, begin, end, ids, scores)
+    n = scan_chunk(members.reshape(-1), 0, dim + 1, np.empty(0, np.float32), asked, begin, end, ids, scores)
     for i in range(len(askers)):
         best_first(scores[i], ids[i], n)
         at = 0

@@ -13,12 +13,20 @@ import faiss
 import numba
 import numpy as np
 
-from retrieval_attn.host import Array, as_float32, jit
+from retrieval_attn.host import Array, jit
 from retrieval_attn.index import storage
 from retrieval_attn.index.dots import dot
 from retrieval_attn.index.exact import scan
-from retrieval_attn.index.keys import Flat, Keys
-from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
+from retrieval_attn.index.keys import Keys
+from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.protocol import (
+    SearchResult,
+    Steps,
+    check_effort,
+    check_search,
+    check_truncate,
+    lifted_queries,
+)
 from retrieval_attn.index.topk import best_first, offer
 
 # New keys are scanned exactly until they are this share of the listed ones; then the lists are copied and extended.
@@ -105,7 +113,7 @@ class IVFIndex:
         means, lists = [], []
         for head in range(n_heads):
             steps.reached(head / n_heads)
-            points = keys.float32(head)
+            points = keys.lifted(head)
             means.append(points.mean(axis=0, dtype=np.float64).astype(np.float32))
             lists.append(_cluster(points - means[-1], nlist, seed, train_iterations))
         steps.reached(1.0)
@@ -120,10 +128,14 @@ class IVFIndex:
         return self.shape[1]
 
     @property
+    def lift(self) -> Lift | None:
+        return self._state[0].lift
+
+    @property
     def nbytes(self) -> int:
         """float32 keys and int64 ids in the lists, centroids, means."""
         _, lists = self._state
-        dim = self.shape[2]
+        dim = self._mean.shape[1]
         return int(sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists) + self._mean.nbytes)
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
@@ -134,13 +146,14 @@ class IVFIndex:
         n_listed, nlist = lists[0].index.ntotal, len(lists[0].sizes)
         nprobe = min(check_effort(effort, max(1, nlist // 4)), nlist)
         if k >= n_keys:
-            ids, scores = scan(keys.flat, batch.queries, k, 0, n_keys)
+            ids, scores = scan(keys, batch.queries, k, 0, n_keys)
             return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
         n_found = min(k, n_listed)
-        found = list(self._pool.map(Lists.probe, lists, batch.queries, [n_found] * n_heads, [nprobe] * n_heads))
-        tail_ids, _ = scan(keys.flat, batch.queries, k, n_listed, n_keys)
+        asked = lifted_queries(batch.queries, keys)
+        found = list(self._pool.map(Lists.probe, lists, asked, [n_found] * n_heads, [nprobe] * n_heads))
+        tail_ids, _ = scan(keys, batch.queries, k, n_listed, n_keys)
         candidates = np.concatenate([np.stack([ids for ids, _ in found]).astype(np.int32), tail_ids], axis=2)
-        ids, scores = rescore(keys.flat, batch.queries, candidates, k)
+        ids, scores = rescore(keys, batch.queries, candidates, k)
         return batch.result(ids, scores, np.stack([visited for _, visited in found]) + (n_keys - n_listed))
 
     def append(self, new_keys: Any, *, keys: Any = None) -> None:
@@ -151,8 +164,7 @@ class IVFIndex:
             n_listed = lists[0].index.ntotal
             if grown.shape[1] - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
                 lists = tuple(
-                    x.extended(as_float32(grown.array[head, n_listed:]) - self._mean[head])
-                    for head, x in enumerate(lists)
+                    x.extended(grown.lifted(head)[n_listed:] - self._mean[head]) for head, x in enumerate(lists)
                 )
             self._state = (grown, lists)
 
@@ -190,24 +202,27 @@ def _cluster(points: Array, nlist: int, seed: int, iterations: int) -> Lists:
     return Lists.of(index)
 
 
-def rescore(flat: Flat, queries: Array, candidates: Array, k: int) -> tuple[Array, Array]:
-    """The k best of the candidates (G, N, C) int32, -1 skipped, by inner product with the stored keys."""
+def rescore(keys: Keys, queries: Array, candidates: Array, k: int) -> tuple[Array, Array]:
+    """The k best of the candidates (G, N, C) int32, -1 skipped, by inner product with the stored keys and bonus."""
     n_heads, n_queries, _ = candidates.shape
     ids = np.full((n_heads, n_queries, k), -1, np.int32)
     scores = np.full((n_heads, n_queries, k), -np.inf, np.float32)
-    _rescore(flat.values, flat.stride_g, flat.stride_s, queries, candidates, ids, scores)
+    _rescore(*keys.flat, keys.bonus, queries, candidates, ids, scores)
     return ids, scores
 
 
 @jit()
 def _rescore(
-    values: Array, stride_g: int, stride_s: int, queries: Array, candidates: Array, ids: Array, scores: Array
-) -> None:
+    values: Array, stride_g: int, stride_s: int, bonus: Array, queries: Array, candidates: Array, ids: Array,
+    scores: Array,
+) -> None:  # fmt: skip
     for head in range(candidates.shape[0]):
         for query in range(candidates.shape[1]):
             n = 0
             for key in candidates[head, query]:
                 if key >= 0:
                     score = dot(values, head * stride_g + key * stride_s, queries[head, query])
+                    if bonus.shape[1]:
+                        score += bonus[head, key]
                     n = offer(scores[head, query], ids[head, query], n, score, key)
             best_first(scores[head, query], ids[head, query], n)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrieval_attn.host import BFLOAT16, Array, as_array, as_float32, as_stored, jit
+from retrieval_attn.index.lift import Lift
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
@@ -25,11 +26,15 @@ class Keys:
     """Keys (G, S, D), never changed; growing makes another object, so a search keeps the keys that it began with.
 
     array: the caller's array itself (or a part of our own buffer after `grown` without `keys`); bfloat16 as uint16.
+    lift: None, or what adds a random bonus to every score (see lift.py).
+    bonus: (G, n) float32, n >= S: what is added to the score of each key; (G, 0) without a lift.
     """
 
-    def __init__(self, array: Array, buffer: Array | None = None) -> None:
+    def __init__(self, array: Array, buffer: Array | None = None, lift: Lift | None = None) -> None:
         self.array = array
         self.flat = _flatten(array)
+        self.lift = lift
+        self.bonus = lift.bonuses(array.shape[1]) if lift else np.empty((len(array), 0), np.float32)
         self._buffer = buffer
 
     @property
@@ -43,6 +48,12 @@ class Keys:
     def float32(self, head: int) -> Array:
         """The keys of one head, (S, D) float32, C-contiguous."""
         return np.ascontiguousarray(as_float32(self.array[head]))
+
+    def lifted(self, head: int) -> Array:
+        """As `float32`, with the bonus as one more coordinate, (S, D + 1), if there is a lift."""
+        if self.lift is None:
+            return self.float32(head)
+        return np.concatenate([self.float32(head), self.bonus[head, : self.shape[1], None]], axis=1)
 
     def grown(self, new: Any, keys: Any = None) -> "Keys":
         """These keys followed by `new` (G, n, D).
@@ -65,11 +76,11 @@ class Keys:
             raise ValueError(f"keys must begin with the {n_old} keys already indexed; sampled rows differ")
         if not agree(whole[:, n_old:], new):
             raise ValueError(f"keys must end with the {new.shape[1]} rows of new_keys; sampled rows differ")
-        return Keys(whole)
+        return Keys(whole, lift=self.lift)
 
     def first(self, n_keys: int) -> "Keys":
         """The first n_keys of these. What grows from here leaves the rows that older objects read alone."""
-        return Keys(self.array[:, :n_keys])
+        return Keys(self.array[:, :n_keys], lift=self.lift)
 
     def _grown_copy(self, new: Array) -> "Keys":
         n_heads, n_old, dim = self.shape
@@ -80,7 +91,7 @@ class Keys:
             buffer[:, :n_old] = self.array
         # Rows past n_old belong to no published view, so writing them disturbs no search.
         buffer[:, n_old:n] = new
-        return Keys(buffer[:, :n], buffer)
+        return Keys(buffer[:, :n], buffer, self.lift)
 
 
 def check_keys(x: Any, name: str, *, dtype: Any = None, n_heads: int | None = None, dim: int | None = None) -> Array:

@@ -8,13 +8,14 @@ import numpy as np
 
 from retrieval_attn.host import BFLOAT16, Array, as_array, as_float32
 from retrieval_attn.index.keys import Keys
+from retrieval_attn.index.lift import Lift
 
 
 class SearchResult(NamedTuple):
     """The keys found for each query head, best first; short rows end in id -1, score -inf.
 
     ids: (H[, T], k) int32, positions in the indexed keys.
-    scores: (H[, T], k) float32, raw inner products (unscaled).
+    scores: (H[, T], k) float32, raw inner products (unscaled); plus each key's bonus if the index is lifted.
     visited: (H[, T]) int64, keys whose vector or code was read. A key read once for a whole group counts for every
         head it was scored for. Centroids and stored queries are no keys and do not count.
     """
@@ -35,6 +36,10 @@ class Index(Protocol):
 
     @property
     def n_keys(self) -> int: ...
+
+    @property
+    def lift(self) -> Lift | None:
+        """What adds a random bonus to each key's score, so that the best keys are a weighted sample; usually None."""
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +145,13 @@ def as_queries(q: Any, name: str, n_heads: int, dim: int, ndims: tuple[int, ...]
             where = f"head {head}" + (f", row {row[0]}" if row else "")
             raise ValueError(f"{name} must be finite, got NaN or infinity in {where}")
     return array
+
+
+def lifted_queries(queries: Array, keys: Keys) -> Array:
+    """Queries (..., D) as keys.lifted sees them: with a coordinate of 1 at the end if there is a lift."""
+    if keys.lift is None:
+        return queries
+    return np.concatenate([queries, np.ones((*queries.shape[:-1], 1), np.float32)], axis=-1)
 
 
 def check_truncate(n_keys: int, most: int) -> None:

@@ -17,9 +17,10 @@ from safetensors.numpy import save_file
 
 from retrieval_attn.host import Array
 from retrieval_attn.index.keys import DTYPES, Keys, as_layout, fingerprint
+from retrieval_attn.index.lift import Lift
 
 FORMAT = "retrieval-attn-index"
-VERSION = 1
+VERSION = 2
 
 
 class Saved(NamedTuple):
@@ -48,6 +49,7 @@ def write(
         "settings": settings,
         "shape": list(keys.shape),
         "dtype": keys.dtype_name,
+        "lift": [keys.lift.scale, keys.lift.seed] if keys.lift else None,
         "fingerprint": fingerprint(keys.array),
         "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
     }
@@ -101,17 +103,18 @@ def _checked_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _keys(path: Path, header: dict[str, Any], stored: Array | None, given: Any) -> Keys:
+    lift = Lift(*header["lift"], n_heads=header["shape"][0]) if header["lift"] else None
     if given is None:
         if stored is None:
             raise ValueError(f"{path} was saved without its keys; pass them: load_index(path, keys=...)")
-        return Keys(stored)
+        return Keys(stored, lift=lift)
     array = as_layout(given, "keys")
     shape, dtype = tuple(header["shape"]), DTYPES[header["dtype"]]
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"{path} belongs to keys {shape} {header['dtype']}, got {array.shape} {array.dtype}")
     if fingerprint(array) != header["fingerprint"]:
         raise ValueError(f"{path} belongs to other keys: the fingerprints of shape, dtype and sampled rows differ")
-    return Keys(array)
+    return Keys(array, lift=lift)
 
 
 def _digest(data: Any) -> str:

@@ -104,7 +104,7 @@ def test_torch_tensors_are_read_as_they_are(dtype):
 
 def test_a_part_of_the_keys_can_be_scanned():
     scene = attention_like(n_keys=3000)
-    ids, _ = scan(Keys(scene.keys).flat, scene.later.reshape(2, -1, 64), 10, 2500, 2600)
+    ids, _ = scan(Keys(scene.keys), scene.later.reshape(2, -1, 64), 10, 2500, 2600)
     truth = by_definition(scene.keys, scene.later)[..., 2500:2600].reshape(2, -1, 100)
     assert (np.sort(ids, -1) == np.sort(np.argsort(-truth, -1)[..., :10] + 2500, -1)).mean() > 0.99
 

@@ -108,7 +108,7 @@ def test_other_versions_and_other_files_are_refused(indexes, tmp_path, monkeypat
     monkeypatch.setattr(storage, "VERSION", 99)
     indexes["exact"].save(tmp_path / "a")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 99, this program reads version 1; build the index again"):
+    with pytest.raises(ValueError, match="version 99, this program reads version 2; build the index again"):
         load_index(tmp_path / "a")
     storage.save_file({"x": np.zeros(3)}, tmp_path / "b")
     with pytest.raises(ValueError, match="no index file"):
