@@ -5,6 +5,7 @@ Stored keys arrive as one flat array (see `keys.py`): the row of key s of head g
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -17,8 +18,9 @@ from retrieval_attn.host import Array, jit, load
 def dot(flat: Array, row: int, query: Array) -> float:
     """<key at `row`, query>, summed in float32."""
     key = flat[row : row + len(query)]
-    total = load(key[0]) * query[0]
-    for d in range(1, len(query)):
+    # From zero, not from element 0: a loop over a round number of elements leaves no remainder to do one by one.
+    total = np.float32(0)
+    for d in range(len(query)):
         total += load(key[d]) * query[d]
     return total
 
@@ -27,8 +29,8 @@ def dot(flat: Array, row: int, query: Array) -> float:
 def squared_distance(flat: Array, row: int, point: Array) -> float:
     """|key at `row` - point|^2, summed in float32."""
     key = flat[row : row + len(point)]
-    total = (load(key[0]) - point[0]) * (load(key[0]) - point[0])
-    for d in range(1, len(point)):
+    total = np.float32(0)
+    for d in range(len(point)):
         diff = load(key[d]) - point[d]
         total += diff * diff
     return total

@@ -38,8 +38,20 @@ class _Rows(NamedTuple):
     row_stride: int
 
 
+# What becomes of a score below the threshold of its query.
+BELOW = ("drop", "raise")
+
+
 def attend_far(
-    query: Tensor, keys: Any, values: Any, ids: Any, scale: float, *, share_group: bool = True
+    query: Tensor,
+    keys: Any,
+    values: Any,
+    ids: Any,
+    scale: float,
+    *,
+    share_group: bool = True,
+    threshold: Any = None,
+    below: str = "drop",
 ) -> AttentionState:
     """Exact attention of one sequence over the keys named by `ids`.
 
@@ -49,6 +61,8 @@ def attend_far(
     ids: (H, T, K) int32, -1 where there is none; an id named twice counts once.
     share_group: True lets each query head attend to everything its head group found, which reads each key once and
     recovers more mass; False lets it attend to its own ids only.
+    threshold: (H, T) float32 or None: keys whose scaled score is below are left out (below="drop", for estimators that
+    account for them otherwise) or count as if they scored that much (below="raise", the weights of a priority sample).
     Returns out (1, H, T, Dv) in the query's dtype, accumulated in float32, and lse (1, H, T); a head without ids is
     empty. Raises ValueError for shapes that do not fit, ids outside -1 .. S - 1, and NaN or infinity in the scores.
     Leaves its arguments unchanged; safe from many threads.
@@ -60,11 +74,13 @@ def attend_far(
     _, H, T, _ = query.shape
     R = H // key_array.shape[0]
     wide = as_array(query.float(), "query")[0]
+    limits = _limits(threshold, below, H, T)
     out = np.empty((H, T, value_array.shape[2]), np.float32)
     lse = np.empty((H, T), np.float32)
     _attend(
         np.ascontiguousarray(wide), *_rows(key_array, "keys"), *_rows(value_array, "values"),
-        np.require(found, requirements=["C", "W"]), R, R if share_group else 1, np.float32(scale), out, lse,
+        np.require(found, requirements=["C", "W"]), limits, below == "raise", R, R if share_group else 1,
+        np.float32(scale), out, lse,
     )  # fmt: skip
     _raise_if_nan(lse, wide)
     return AttentionState(torch.from_numpy(out)[None].to(query.dtype), torch.from_numpy(lse)[None])
@@ -88,6 +104,18 @@ def _check(query: Tensor, keys: Array, values: Array, ids: Array) -> None:
     if ids.size and (ids.min() < -1 or ids.max() >= keys.shape[1]):
         bad = ids[(ids < -1) | (ids >= keys.shape[1])][0]
         raise ValueError(f"ids must be between -1 (none) and {keys.shape[1] - 1} (the last key), got {bad}")
+
+
+def _limits(threshold: Any, below: str, H: int, T: int) -> Array:
+    """The thresholds (H, T) float32; -inf, which changes nothing, where none are given."""
+    if below not in BELOW:
+        raise ValueError(f"below must be one of {', '.join(BELOW)}, got {below!r}")
+    if threshold is None:
+        return np.full((H, T), -np.inf, np.float32)
+    limits = np.ascontiguousarray(as_array(threshold, "threshold"), np.float32)
+    if limits.shape != (H, T) or np.isnan(limits).any():
+        raise ValueError(f"threshold must be {(H, T)} (query heads, queries) without NaN, got shape {limits.shape}")
+    return limits
 
 
 def _rows(x: Array, name: str) -> _Rows:
@@ -128,7 +156,9 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @jit(parallel=True)
-def _attend(query, keys, key_group, key_row, values, value_group, value_row, ids, R, share, scale, out, lse):  # type: ignore[no-untyped-def]
+def _attend(  # type: ignore[no-untyped-def]
+    query, keys, key_group, key_row, values, value_group, value_row, ids, limits, raises, R, share, scale, out, lse
+):
     """query (H, T, D), ids (H, T, K) -> out (H, T, Dv), lse (H, T); `share` heads go together: R, or 1."""
     H, T, Dv = out.shape
     K = ids.shape[2]
@@ -142,6 +172,7 @@ def _attend(query, keys, key_group, key_row, values, value_group, value_row, ids
         value_at = found[:n] * value_row + group * value_group
         weights = np.empty((n, share), np.float32)
         _score(query[heads, t] * scale, keys, key_at, values, value_at, Dv, weights)
+        _cut(weights, limits[heads, t], raises)
         _softmax(weights, lse[heads, t])
         total = np.zeros((share, Dv), np.float32)
         _add_values(weights, values, value_at, total)
@@ -229,6 +260,17 @@ def _score1(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
 
 
 @jit()
+def _cut(scores, limits, raises):  # type: ignore[no-untyped-def]
+    """What is below its head's limit is raised to it, or else dropped; NaN stays."""
+    for r in range(scores.shape[1]):
+        limit = limits[r]
+        if limit > -np.inf:
+            for i in range(scores.shape[0]):
+                if scores[i, r] < limit:
+                    scores[i, r] = limit if raises else np.float32(-np.inf)
+
+
+@jit()
 def _softmax(scores, lse):  # type: ignore[no-untyped-def]
     """scores (n, share) become weights in place; lse (share,)."""
     n, share = scores.shape
@@ -237,13 +279,16 @@ def _softmax(scores, lse):  # type: ignore[no-untyped-def]
         for i in range(n):
             top = max(top, scores[i, r])
         total = np.float32(0)
+        # Of a head whose keys were all dropped, nothing is left: weights of zero.
+        base = top if top > -np.inf else np.float32(0)
         for i in range(n):
-            weight = math.exp(scores[i, r] - top)
+            weight = math.exp(scores[i, r] - base)
             scores[i, r] = weight
             total += weight
-        lse[r] = top + math.log(total) if n else -np.inf
-        for i in range(n):
-            scores[i, r] /= total
+        lse[r] = base + math.log(total)
+        if total > 0:
+            for i in range(n):
+                scores[i, r] /= total
 
 
 @jit()

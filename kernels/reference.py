@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retrieval_attn.host import Array
 
-from .merge import AttentionState
+from .merge import AttentionState, attend
 
 __all__ = ["attend_dense", "attend_far", "attend_near", "merge"]
 
@@ -48,7 +48,15 @@ def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scale: float, caus
 
 
 def attend_far(
-    query: Tensor, keys: Any, values: Any, ids: Array, scale: float, *, share_group: bool = True
+    query: Tensor,
+    keys: Any,
+    values: Any,
+    ids: Array,
+    scale: float,
+    *,
+    share_group: bool = True,
+    threshold: Any = None,
+    below: str = "drop",
 ) -> AttentionState:
     """Softmax attention of one sequence over chosen keys: a mask with True at the ids of the head, or of its group."""
     query = query if query.ndim == 4 else query[None]
@@ -59,7 +67,18 @@ def attend_far(
     if share_group:
         R = H // keys.shape[0]
         mask = mask.view(-1, R, T, S + 1).any(1).repeat_interleave(R, dim=0)
-    return attend_near(query, keys[None], values[None], scale, mask[None, :, :, :S])
+    mask = mask[None, :, :, :S]
+    if threshold is None:
+        return attend_near(query, keys[None], values[None], scale, mask)
+    limits = torch.as_tensor(threshold)[None, :, :, None]
+    R = H // keys.shape[0]
+    keys, values = (_wide(x).repeat_interleave(R, dim=0)[None] for x in (keys, values))
+    scores = _wide(query) @ keys.mT * scale
+    if below == "raise":
+        scores = torch.maximum(scores, limits)
+    else:
+        mask = mask & (scores >= limits)
+    return attend(scores.masked_fill(~mask, -torch.inf), values)
 
 
 def _wide(x: Tensor) -> Tensor:

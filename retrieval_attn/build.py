@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.index import Index, build_index
+from retrieval_attn.kernels import TailSummary
 
 RECENT_QUERIES = 256
 
@@ -103,9 +104,10 @@ class QuerySample:
 
 
 class BuiltIndex(NamedTuple):
-    """An index and the seconds its build took."""
+    """An index, the summary of what it may not find if the estimator wants one, and the seconds that both took."""
 
     index: Index
+    tail: TailSummary | None
     seconds: float
 
 
@@ -115,9 +117,27 @@ def index_kind(config: RetrievalConfig, n_far: int) -> str:
 
 
 def build_far_index(
-    config: RetrievalConfig, keys: Tensor, queries: Tensor, cancelled: Callable[[], bool] | None = None
+    config: RetrievalConfig,
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    scale: float,
+    cancelled: Callable[[], bool] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> BuiltIndex:
-    """Index the far keys (G, S, D), taught by the sampled queries (H, T, D); both in CPU memory."""
+    """Index the far keys (G, S, D) and summarise them and their values, taught by the sampled queries (H, T, D).
+
+    All in CPU memory. scale: of the softmax, for the "lift" estimator.
+    """
     started = time.perf_counter()
-    index = build_index(index_kind(config, keys.shape[1]), keys, queries, seed=config.seed, cancel=cancelled)
-    return BuiltIndex(index, time.perf_counter() - started)
+    index = build_index(
+        index_kind(config, keys.shape[1]), keys, queries, seed=config.seed,
+        lift=scale if config.estimator == "lift" else None, cancel=cancelled, progress=progress,
+    )  # fmt: skip
+    tail = TailSummary(keys, values) if needs_tail(config) else None
+    return BuiltIndex(index, tail, time.perf_counter() - started)
+
+
+def needs_tail(config: RetrievalConfig) -> bool:
+    """Whether steps ask for the mass of what was not found."""
+    return config.estimator == "tail" or config.mass is not None

@@ -110,7 +110,7 @@ class PhaseBar:
     def __call__(self, progress: "generate.Progress") -> None:
         self.show(progress.phase, progress.done, progress.total)
 
-    def show(self, phase: str, done: int, total: int) -> None:
+    def show(self, phase: str, done: float, total: int) -> None:
         """`done` of `total` tokens (phase "prefill") or indexes (phase "build"); a phase begins with 0 done."""
         if done == 0:
             self.close()
@@ -152,20 +152,19 @@ class PhaseBar:
         bar.start()
         return bar
 
-    def _note(self, phase: str, done: int, total: int) -> str:
+    def _note(self, phase: str, done: float, total: int) -> str:
         if phase == "build":
-            return f"{done}/{total}"
+            return f"{int(done)}/{total}"
         speed = done / max(time.perf_counter() - self._started, 1e-9)
-        return f"{count(done)}/{count(total)} tok" + (f" · {count(round(speed))} tok/s" if done else "")
+        return f"{count(int(done))}/{count(total)} tok" + (f" · {count(round(speed))} tok/s" if done else "")
 
 
 def wait_for_indexes(session: "Session", bar: PhaseBar) -> None:
     """Wait until every far key is indexed. An interrupted wait leaves the builds going on in the background."""
-    waiting = [memory for memory in session.cache.memories if memory.split.n_far and memory.index_if_built is None]
-    for i, memory in enumerate(waiting):
-        bar.show("build", i, len(waiting))
-        memory.index()
-        bar.show("build", i + 1, len(waiting))
+    from retrieval_attn import generate
+
+    session.cache.start_builds()
+    generate.follow_builds(session.cache, bar)
 
 
 # The longer marks first: UTF-32's begins with UTF-16's.

@@ -1,5 +1,6 @@
 """The `retrieval-attn` command. What a command needs is imported inside it, so that --help is quick."""
 
+import importlib
 import json
 import os
 import sys
@@ -35,15 +36,14 @@ class _Benchmarks(TyperGroup):
     """Imports a benchmark only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["latency"]
+        return ["latency", "recall"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name != "latency":
+        if cmd_name not in self.list_commands(ctx):
             return None
-        from retrieval_attn.bench.latency import command
-
+        module = importlib.import_module(f"retrieval_attn.bench.{cmd_name}")
         holder = typer.Typer(add_completion=False)
-        holder.command("latency")(command)
+        holder.command(cmd_name)(module.command)
         return typer.main.get_command(holder)
 
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-INDEX_KINDS = ("exact", "ivf", "graph")
+INDEX_KINDS = ("exact", "ivf", "graph", "page")
+
+ESTIMATORS = ("topk", "lift", "tail")
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,15 @@ class RetrievalConfig:
     n_local: last tokens that stay near; the paper's 512. At least 1: the newest token is always near.
     effort: search effort of the index (beam width of "graph", lists probed by "ivf"); None lets the index choose
         from `top_k`.
+    estimator: what the retrieved keys stand for. "tail" adds the estimated contribution of the keys that were not
+        retrieved, from page means and a covariance (kernels/tail.py): at 128 keys read it halves the error of the
+        output, or better. "lift" retrieves a weighted sample instead of the best keys, unbiased on average
+        (SoftmaxLift). "topk" renormalises over the best keys, as in the paper.
+    mass: None, or the share of the attention mass that retrieval should recover (such as 0.98): each head then reads
+        as few keys as this takes by estimate, at least `min_k` and at most `max_k`; `top_k` is where the search begins.
+        Not for "lift", whose sample is of fixed size.
+    verify_every: every so many steps, the step is also computed exactly, and the errors found are reported in the
+        stats; the output does not change. 0 never does.
     share_group: a key retrieved for one query head is attended by its whole group of heads, because it has been
         read from memory anyway. False restores one top-k per head, as in the paper.
     build_queries: how many prefill queries per head, spread over the prompt, teach the index what will be asked. The
@@ -37,6 +48,11 @@ class RetrievalConfig:
     n_sink: int = 128
     n_local: int = 512
     effort: int | None = None
+    estimator: str = "tail"
+    mass: float | None = None
+    min_k: int = 16
+    max_k: int = 2048
+    verify_every: int = 0
     share_group: bool = True
     build_queries: int = 1024
     exact_below: int = 2048
@@ -53,8 +69,22 @@ class RetrievalConfig:
         for name in ("effort", "threads"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {self.estimator!r}")
+        self._check_mass()
         if not isinstance(self.share_group, bool):
             raise ValueError(f"share_group must be True or False, got {self.share_group!r}")
+
+    def _check_mass(self) -> None:
+        if self.min_k > self.max_k:
+            raise ValueError(f"min_k must be at most max_k ({self.max_k}), got {self.min_k}")
+        if self.mass is None:
+            return
+        number = isinstance(self.mass, int | float) and not isinstance(self.mass, bool)
+        if not number or not 0 < self.mass < 1:
+            raise ValueError(f"mass must be above 0 and below 1 (a share of the attention mass), got {self.mass!r}")
+        if self.estimator == "lift":
+            raise ValueError("mass must be None with estimator 'lift', whose sample is of fixed size; use 'tail'")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> "RetrievalConfig":
@@ -72,6 +102,9 @@ _LEAST = {
     "n_local": 1,
     "build_queries": 1,
     "exact_below": 0,
+    "min_k": 1,
+    "max_k": 1,
+    "verify_every": 0,
     "prefill_chunk": 1,
     "prefill_tile": 1,
     "seed": 0,

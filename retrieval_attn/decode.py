@@ -1,19 +1,29 @@
-"""One step: search the far keys, attend to what was found and to the window, merge."""
+"""One step: search the far keys, attend to what was found and to the window, estimate the rest, merge."""
 
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from retrieval_attn.index import Index
+from retrieval_attn.estimate import FarState, estimate, within_mass, worst_scores
+from retrieval_attn.index import Index, SearchResult, build_index
 from retrieval_attn.kernels import AttentionState, attend_far, attend_near, merge
 from retrieval_attn.memory import LayerMemory
+
+LEAST_NORM = 1e-30
 
 
 @dataclass
 class StepClock:
-    """Seconds spent in the parts of decode steps, and how many keys were looked at; adds up until it is reset."""
+    """What decode steps cost and found; adds up until it is reset.
+
+    near, search, gather, merge: seconds. visited, far: keys looked at, and keys there were, per query head. steps: calls.
+    used, recovered: keys read per query head, and the share of the attention mass they hold with the window, by
+    estimate. checks, error, worst_error, recall, mass: steps that were verified, and over them the sums of the output's
+    relative error and its largest, of the recall, and of the true share of the mass.
+    """
 
     near: float = 0.0
     search: float = 0.0
@@ -21,6 +31,14 @@ class StepClock:
     merge: float = 0.0
     visited: float = 0.0
     far: float = 0.0
+    steps: int = 0
+    used: float = 0.0
+    recovered: float = 0.0
+    checks: int = 0
+    error: float = 0.0
+    worst_error: float = 0.0
+    recall: float = 0.0
+    mass: float = 0.0
 
     @property
     def visited_fraction(self) -> float:
@@ -56,23 +74,92 @@ def decode(query: Tensor, memory: LayerMemory, scale: float, clock: StepClock) -
     lap.to("near")
     if index is None:
         return near
-    far = _attend_far(query, memory, index, scale, clock, lap)
-    out = merge(near, far.to(query.device))
+    on_host = query.detach().float().cpu()
+    hits = _find(on_host, memory, index, near, scale, clock)
+    lap.to("search")
+    # In the query's own dtype: the output comes back in it.
+    asked = query.detach().cpu()
+    far = _attend(asked, memory, index, hits, scale)
+    lap.to("gather")
+    out = merge(near, far.state.to(query.device))
     lap.to("merge")
+    _note(clock, memory, far, out)
+    every = memory.config.verify_every
+    if every and clock.steps % every == 0:
+        _verify(on_host, memory, index, hits, near, out, scale, clock)
     return out
 
 
-def _attend_far(
-    query: Tensor, memory: LayerMemory, index: Index, scale: float, clock: StepClock, lap: Lap
-) -> AttentionState:
-    config = memory.config
-    on_host = query[0].detach().float().cpu()
-    hits = index.search(on_host, min(config.top_k, memory.split.n_far), effort=config.effort)
+def _find(
+    query: Tensor, memory: LayerMemory, index: Index, near: AttentionState, scale: float, clock: StepClock
+) -> SearchResult:
+    """What the index finds; with `mass`, as much as that takes."""
+    config, n_far = memory.config, memory.split.n_far
+    k = min(config.top_k + (config.estimator == "lift"), n_far)
+    if config.mass is None:
+        return _search(query, memory, index, k, clock)
+    # What the last step needed is where this one begins.
+    k = min(memory.reach or k, config.max_k, n_far)
+    while True:
+        hits = _search(query, memory, index, k, clock)
+        n_found = np.sum(hits.ids >= 0, axis=-1)
+        threshold = torch.from_numpy(worst_scores(hits, scale, n_found))
+        rest = memory.tail().attend_rest(query, threshold, torch.from_numpy(n_found), scale)
+        kept, suffices = within_mass(hits, scale, rest, near, config.mass, config.min_k)
+        if suffices or k >= min(config.max_k, n_far):
+            most = int(np.sum(kept.ids >= 0, axis=-1).max())
+            memory.reach = max(config.min_k, most + most // 4)
+            return kept
+        k = min(2 * k, config.max_k, n_far)
+
+
+def _search(query: Tensor, memory: LayerMemory, index: Index, k: int, clock: StepClock) -> SearchResult:
+    hits = index.search(query[0], k, effort=memory.config.effort, seeds=memory.last_ids)
+    if index.kind == "graph":
+        memory.last_ids = hits.ids[:, 0]
     clock.visited += float(np.mean(hits.visited))
+    return hits
+
+
+def _attend(query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult, scale: float) -> FarState:
+    config = memory.config
+    return estimate(
+        query, memory.far_keys(), memory.far_values(), hits, scale, estimator=config.estimator,
+        tail=memory.tail() if config.estimator == "tail" else None, lift=index.lift, share_group=config.share_group,
+    )  # fmt: skip
+
+
+def _note(clock: StepClock, memory: LayerMemory, far: FarState, out: AttentionState) -> None:
+    """Add what the step found to the clock."""
+    clock.steps += 1
     clock.far += memory.split.n_far
-    lap.to("search")
-    state = attend_far(
-        query.detach().cpu(), memory.far_keys(), memory.far_values(), hits.ids, scale, share_group=config.share_group
-    )
-    lap.to("gather")
-    return state
+    clock.used += float(np.mean(far.n_used))
+    # Of the whole: all of the window, and of the far part what was read.
+    missing = (1 - far.recovered) * torch.exp(far.state.lse.cpu() - out.lse.cpu())[0]
+    clock.recovered += 1 - float(missing.mean())
+
+
+def _verify(
+    query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult, near: AttentionState, out: AttentionState,
+    scale: float, clock: StepClock,
+) -> None:  # fmt: skip
+    """Compute the step exactly, and add to the clock how far from it the output is; the output stays as it is."""
+    keys, values = memory.far_keys(), memory.far_values()
+    close = AttentionState(near.out.float(), near.lse).to("cpu")
+    exact = merge(close, attend_near(query, keys[None], values[None], scale))
+    error = float((out.out.float().cpu() - exact.out).norm() / exact.out.norm().clamp_min(LEAST_NORM))
+    clock.checks += 1
+    clock.error += error
+    clock.worst_error = max(clock.worst_error, error)
+    read = merge(close, attend_far(query, keys, values, hits.ids, scale, share_group=memory.config.share_group))
+    clock.mass += float(torch.exp(read.lse - exact.lse).mean())
+    oracle = build_index("exact", keys, seed=memory.config.seed, lift=index.lift and index.lift.scale)
+    clock.recall += share_found(hits, oracle.search(query[0], hits.ids.shape[-1]))
+
+
+def share_found(hits: SearchResult, best: SearchResult) -> float:
+    """The share of the best keys that was found, over all heads; keys that tie with the worst of the best count, too."""
+    n_found = np.maximum(np.sum(hits.ids >= 0, axis=-1), 1)
+    least = np.take_along_axis(best.scores, n_found[..., None] - 1, axis=-1)
+    good = (hits.scores >= least - 1e-5 * np.abs(least)) & (hits.ids >= 0)
+    return float(np.mean(np.sum(good, axis=-1) / n_found))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,15 +12,18 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from retrieval_attn.decode import StepClock
 from retrieval_attn.hf import RetrievalCache
+
+REPORT_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a request stands: phase "prefill" counts tokens, phase "build" counts indexes."""
+    """Where a request stands: phase "prefill" counts tokens, phase "build" indexes, with the part of those begun."""
 
     phase: str
-    done: int
+    done: float
     total: int
 
 
@@ -56,6 +60,11 @@ class GenerationStats:
     wait excluded; itl_s lists each. visited_fraction: share of the far keys whose vector or code was read per step.
     near_s, search_s, gather_s, merge_s: parts of all decode steps together, over all layers. index: the kinds of index
     in use ("exact" while a context is shorter than `exact_below`); empty without far keys.
+    keys_per_head: far keys that a query head used in a step, on average. recovered_mass: share of the attention that
+    these and the window hold, by the estimator's own account (1 for "topk", which knows no rest).
+    verified_steps: layer-steps that were also computed exactly (`verify_every`); over them verified_error and
+    verified_worst_error, the relative L2 error of the output, mean and largest; verified_recall, the share of the best
+    keys that was found; verified_mass, the share of the attention that what was read truly holds. None if there are none.
     """
 
     prompt_tokens: int = 0
@@ -69,6 +78,13 @@ class GenerationStats:
     e2e_s: float = 0.0
     itl_s: list[float] = field(default_factory=list)
     visited_fraction: float = 0.0
+    keys_per_head: float = 0.0
+    recovered_mass: float | None = None
+    verified_steps: int = 0
+    verified_error: float | None = None
+    verified_worst_error: float | None = None
+    verified_recall: float | None = None
+    verified_mass: float | None = None
     near_s: float = 0.0
     search_s: float = 0.0
     gather_s: float = 0.0
@@ -202,10 +218,7 @@ class Request:
         """Wait for the indexes with progress, once; later steps have none to wait for."""
         if builds:
             started = time.perf_counter()
-            self._on_progress(Progress("build", 0, len(builds)))
-            for i, build in enumerate(builds):
-                build.result()
-                self._on_progress(Progress("build", i + 1, len(builds)))
+            follow_builds(self.cache, self._on_progress)
             self.stats.build_wait_s = time.perf_counter() - started
             self.stats.build_s = sum(memory.build_seconds for memory in self.cache.memories)
         return []
@@ -234,6 +247,10 @@ class Request:
             setattr(stats, f"{part}_s", sum(getattr(clock, part) for clock in clocks))
         far = sum(clock.far for clock in clocks)
         stats.visited_fraction = sum(clock.visited for clock in clocks) / far if far else 0.0
+        if steps := sum(clock.steps for clock in clocks):
+            stats.keys_per_head = sum(clock.used for clock in clocks) / steps
+            stats.recovered_mass = sum(clock.recovered for clock in clocks) / steps
+        self._summarise_checks(clocks)
         stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
         stats.host_kv_bytes = sum(memory.store.nbytes for memory in cache.memories)
         stats.device_kv_bytes = sum(memory.window.nbytes for memory in cache.memories)
@@ -243,6 +260,26 @@ class Request:
         stats.rss_bytes = psutil.Process().memory_info().rss
         if self.model.device.type == "cuda":
             stats.peak_device_bytes = torch.cuda.max_memory_allocated(self.model.device)
+
+    def _summarise_checks(self, clocks: Sequence[StepClock]) -> None:
+        n = self.stats.verified_steps = sum(clock.checks for clock in clocks)
+        if n:
+            for part in ("error", "recall", "mass"):
+                setattr(self.stats, f"verified_{part}", sum(getattr(clock, part) for clock in clocks) / n)
+            self.stats.verified_worst_error = max(clock.worst_error for clock in clocks)
+
+
+def follow_builds(cache: RetrievalCache, on_progress: OnProgress) -> None:
+    """Wait for all indexes that are being built, reporting how far they are; raises the error of one that failed."""
+    building = [(memory, memory.building) for memory in cache.memories if memory.building is not None]
+    if not building:
+        return
+    on_progress(Progress("build", 0, len(building)))
+    for i, (memory, build) in enumerate(building):
+        while not wait([build], timeout=REPORT_EVERY_S).done:
+            on_progress(Progress("build", i + memory.build_fraction, len(building)))
+        memory.index()
+        on_progress(Progress("build", i + 1, len(building)))
 
 
 def longest_context(model_config: Any) -> int:

@@ -167,7 +167,9 @@ class RetrievalLayer(DynamicLayer):
         self, memory: LayerMemory, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> AttentionState:
         exact = self.phase == "prefill" or (self.phase == "auto" and query.shape[2] > 1)
+        memory.scale = scale
         if exact:
+            memory.forget_step()
             return prefill(query, keys, values, memory, scale)
         memory.append(query, keys, values)
         if memory.wants_build():

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from retrieval_attn.build import BuiltIndex, QuerySample, build_far_index, index_kind
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.host import Array
 from retrieval_attn.index import Index
+from retrieval_attn.kernels import TailSummary
 from retrieval_attn.offload import HostStore
 from retrieval_attn.window import Split, Window, split
 
@@ -41,8 +43,14 @@ class LayerMemory:
         self.store = HostStore(*shape)
         self.window = Window(config.n_sink, config.n_local)
         self.sample = QuerySample(config.build_queries)
+        self.scale = shape.key_dim**-0.5
         self.build_seconds = 0.0
+        self.build_fraction = 0.0
+        # What the last step found, where the next one begins, and how many keys it took; forgotten on crop.
+        self.last_ids: Array | None = None
+        self.reach: int | None = None
         self._index: Index | None = None
+        self._tail: TailSummary | None = None
         self._built_on = 0
         self._building: Future[BuiltIndex] | None = None
 
@@ -86,7 +94,8 @@ class LayerMemory:
 
         Keys and queries are those of this moment: what the caller adds meanwhile is appended to the index later.
         """
-        self._building = submit(build_far_index, self.config, self.far_keys(), self.sample.queries(), cancelled)
+        self.build_fraction = 0.0
+        self._building = submit(build_far_index, *self._build_input(), cancelled, self._note_progress)
 
     @property
     def building(self) -> "Future[BuiltIndex] | None":
@@ -112,10 +121,16 @@ class LayerMemory:
         if self._building is not None:
             self._take_build(self._building)
         if self._index is None:
-            self._adopt(build_far_index(self.config, self.far_keys(), self.sample.queries()))
+            self._adopt(build_far_index(*self._build_input()))
         assert self._index is not None
         self._follow_boundary(self._index)
         return self._index
+
+    def tail(self) -> TailSummary:
+        """The summary of exactly the far keys and values; call `index` first."""
+        if self._tail is None:
+            self._tail = TailSummary(self.far_keys(), self.far_values())
+        return self._tail
 
     def crop(self, length: int) -> None:
         """Forget every token from `length` on, in store, window, sample and index; also what an interrupted `append`
@@ -131,6 +146,11 @@ class LayerMemory:
         self.window.crop(length, self.store.keys(), self.store.values())
         self.store.crop(length)
         self.sample.crop(length)
+        self.forget_step()
+        tail, self._tail = self._tail, None
+        if tail is not None and self.split.n_far:
+            tail.truncate(self.split.n_far, self.far_keys(), self.far_values())
+            self._tail = tail
         if self._index is None:
             return
         # Cut by more than half, an index no longer suits its keys: the next search builds a new one.
@@ -138,6 +158,16 @@ class LayerMemory:
             self._index = None
         elif self.split.n_far < self._index.n_keys:
             self._index.truncate(self.split.n_far)
+
+    def forget_step(self) -> None:
+        """Let the next step begin as if there had been none before it."""
+        self.last_ids, self.reach = None, None
+
+    def _build_input(self) -> tuple[RetrievalConfig, Tensor, Tensor, Tensor, float]:
+        return self.config, self.far_keys(), self.far_values(), self.sample.queries(), self.scale
+
+    def _note_progress(self, fraction: float) -> None:
+        self.build_fraction = fraction
 
     def _take_build(self, building: "Future[BuiltIndex]") -> None:
         try:
@@ -151,6 +181,7 @@ class LayerMemory:
 
     def _adopt(self, built: BuiltIndex) -> None:
         self._index, self._built_on, self.build_seconds = built.index, built.index.n_keys, built.seconds
+        self._tail = built.tail
 
     def copy(self) -> "LayerMemory":
         """An independent memory with the same tokens; it builds its own index."""
@@ -167,9 +198,9 @@ class LayerMemory:
         self.window.append(keys[None].to(device), values[None].to(device))
         self.sample.restore(sample)
 
-    def adopt_index(self, index: Index) -> None:
-        """Use an index that was built over these far keys."""
-        self._index, self._built_on = index, index.n_keys
+    def adopt_index(self, index: Index, tail: TailSummary | None = None) -> None:
+        """Use an index that was built over these far keys, and the summary that went with it."""
+        self._index, self._built_on, self._tail = index, index.n_keys, tail
 
     @property
     def index_if_built(self) -> Index | None:
@@ -181,3 +212,8 @@ class LayerMemory:
         far = self.far_keys()
         if indexed < far.shape[1]:
             index.append(far[:, indexed:], keys=far)
+        if self._tail is not None and self._tail.length < far.shape[1]:
+            # Interrupted half-way, a summary is of no use: it is then made anew.
+            tail, self._tail = self._tail, None
+            tail.append(far[:, tail.length :], self.far_values()[:, tail.length :])
+            self._tail = tail

@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from retrieval_attn.build import needs_tail
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.hf import RetrievalLayer
 from retrieval_attn.index import load_index
+from retrieval_attn.kernels import TailSummary
 from retrieval_attn.memory import LayerMemory
 
 if TYPE_CHECKING:
@@ -86,6 +88,12 @@ def _check_config(directory: Path, saved: RetrievalConfig, ours: RetrievalConfig
                 f"{directory} was saved with {name}={getattr(saved, name)!r}, but the model is loaded with "
                 f"{getattr(ours, name)!r}; load it with the saved value"
             )
+    # The index of a weighted sample ranks keys with random bonuses.
+    if (saved.estimator == "lift") != (ours.estimator == "lift"):
+        raise ValueError(
+            f"{directory} was saved with estimator={saved.estimator!r}, but the model is loaded with "
+            f"{ours.estimator!r}; load it with the saved value"
+        )
 
 
 def fingerprint(llm: "LLM") -> str:
@@ -133,9 +141,11 @@ def _write_layer(layer: Any, folder: Path, i: int) -> None:
         return
     for memory in layer.memories:
         tensors = {"keys": memory.store.keys(), "values": memory.store.values(), **memory.sample.state()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"layer-{i:03d}.safetensors")
         if memory.split.n_far:
             memory.index().save(folder / f"layer-{i:03d}.index", with_keys=False)
+            if needs_tail(memory.config):
+                tensors |= memory.tail().state()
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"layer-{i:03d}.safetensors")
 
 
 def _read_layer(layer: Any, folder: Path, i: int, device: torch.device) -> None:
@@ -153,7 +163,8 @@ def _read_layer(layer: Any, folder: Path, i: int, device: torch.device) -> None:
     memory.refill(keys, values, tensors, device)
     layer._seen = memory.length
     if memory.split.n_far:
-        memory.adopt_index(load_index(folder / f"layer-{i:03d}.index", keys=memory.far_keys()))
+        index = load_index(folder / f"layer-{i:03d}.index", keys=memory.far_keys())
+        memory.adopt_index(index, TailSummary.restore(tensors) if "tail_means" in tensors else None)
 
 
 def _refill_stock(layer: Any, keys: Tensor, values: Tensor, path: Path) -> None:

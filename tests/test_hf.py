@@ -43,7 +43,7 @@ def test_a_wrong_far_key_changes_the_output(kind, monkeypatch):
     model = tiny_model(kind)
     logits = []
     for top_k in (EVERYTHING, 1):
-        cache = ra.RetrievalCache(model.config, small(top_k=top_k))
+        cache = ra.RetrievalCache(model.config, small(top_k=top_k, estimator="topk"))
         with torch.no_grad():
             model(ids[:, :-1], past_key_values=cache)
             logits.append(model(ids[:, -1:], past_key_values=cache).logits)
@@ -313,7 +313,7 @@ class TestInterruptions:
     @pytest.mark.parametrize(
         "where",
         [
-            "retrieval_attn.decode.attend_far",
+            "retrieval_attn.estimate.attend_far",
             "retrieval_attn.decode.attend_near",
             "retrieval_attn.offload.HostStore.append",
             "retrieval_attn.window.Window.append",

@@ -96,6 +96,27 @@ def test_shared_group_attends_to_what_its_other_heads_found():
     assert (shared.lse >= own.lse).all()
 
 
+@pytest.mark.parametrize("share_group", [True, False])
+@pytest.mark.parametrize("below", ["drop", "raise"])
+def test_scores_below_the_threshold_are_dropped_or_raised(below, share_group):
+    query, keys, values, ids, scale = lookup(R=3, T=2)
+    scale *= 0.1  # Flat enough for every key to count.
+    scores = (query @ keys.repeat_interleave(3, 0).mT)[0] * scale
+    # Between two scores, so that rounding cannot decide: above all in one head, below all in another.
+    threshold = scores.take_along_dim(torch.from_numpy(ids).long().clamp_min(0), -1).sort(-1).values[..., 7:9].mean(-1)
+    threshold[0], threshold[1] = torch.inf if below == "drop" else 50.0, -torch.inf
+    options = {"share_group": share_group, "threshold": threshold, "below": below}
+    ours = attend_far(query, keys, values, ids, scale, **options)
+    true = reference.attend_far(query, keys, values, ids, scale, **options)
+    assert torch.equal(ours.lse.isinf(), true.lse.isinf())
+    assert (ours.lse[0, 0] == -torch.inf).all() == (below == "drop")
+    assert torch.allclose(ours.out, true.out, atol=1e-5)
+    assert torch.allclose(ours.lse, true.lse, atol=1e-5)
+    without = attend_far(query, keys, values, ids, scale, share_group=share_group)
+    assert torch.equal(ours.out[0, 1], without.out[0, 1])
+    assert not torch.allclose(ours.out[0, 2:], without.out[0, 2:], atol=1e-2)
+
+
 @pytest.mark.parametrize("K", [0, 5])
 def test_no_ids_is_the_empty_state(K):
     query, keys, values, _, scale = lookup()
@@ -167,6 +188,9 @@ def test_nan_is_named_not_passed_on():
     ("change", "message"),
     [
         ({"ids": np.zeros((4, 1, 3), np.int64)}, "ids must be int32, got int64"),
+        ({"threshold": np.zeros(4, np.float32)}, r"threshold must be \(4, 1\)"),
+        ({"threshold": np.full((4, 1), np.nan)}, "without NaN"),
+        ({"below": "keep"}, "below must be one of drop, raise, got 'keep'"),
         ({"ids": np.zeros((2, 1, 3), np.int32)}, "must agree"),
         ({"query": torch.zeros(3, 1, 64)}, "must agree|multiple"),
         ({"query": torch.zeros(2, 4, 1, 64)}, r"must be \(1, H, T, D\)"),

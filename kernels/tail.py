@@ -1,0 +1,199 @@
+"""What the keys that were not retrieved contribute to attention, estimated from page means and one covariance.
+
+Retrieval finds the keys of largest score; softmax over those alone pretends that the others weigh nothing. Within a
+page of consecutive tokens the scores of a query are nearly normal: their mean is the score of the page's mean key,
+their variance follows from the covariance of keys within pages. The keys not retrieved are those with scores below the
+worst one retrieved, so their mass is the integral of exp(score) over a truncated normal, which has a closed form; so
+has their mean value, given how values vary with keys. No key is read for it.
+"""
+
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrieval_attn.host import Array, jit
+
+from .merge import AttentionState
+
+# Tokens per page, and the pages that a context is cut into when it is long. On keys of trained and of synthetic layers,
+# pages of 16 and of 1024 tokens gave the same error to a few per cent: longer contexts take longer pages, not more.
+PAGE = 256
+MOST_PAGES = 256
+
+# Pages whose covariance is taken; the covariance of 16K tokens is known to about one per cent.
+SAMPLED_PAGES = 64
+
+# Least standard deviation of the scores within a page. exp(0.001) is 1.001: below this there is nothing to model.
+LEAST_SPREAD = 1e-3
+
+LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
+
+
+class TailSummary:
+    """Page means of keys and values (G, S, ...) of one sequence, and how they vary within pages.
+
+    Follows its tokens as they are appended and truncated; the covariance stays as it was built. Not for use from two
+    threads at once.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """keys: (G, S, D), values: (G, S, Dv), S >= 1, any float dtype, in CPU memory; read once, not kept."""
+        G, S, D = keys.shape
+        self.page = max(PAGE, 2 ** math.ceil(math.log2(S / MOST_PAGES))) if S else PAGE
+        self._length = 0
+        self._means = torch.empty((G, 0, D + values.shape[2]))
+        self.append(keys, values)
+        self._key_spread, self._value_spread = self._covariances(keys, values)
+
+    @property
+    def length(self) -> int:
+        """Tokens summarised."""
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self._means, self._key_spread, self._value_spread))
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add n tokens: keys (G, n, D), values (G, n, Dv)."""
+        start, self._length = self._length, self._length + keys.shape[1]
+        self._reserve(-(-self._length // self.page))
+        first = 0
+        while start < self._length:
+            place, held = divmod(start, self.page)
+            n = min(self.page - held, self._length - start)
+            # Page by page: converting a whole layer at once would double it in memory.
+            new = torch.cat([x[:, first : first + n].float().mean(1) for x in (keys, values)], dim=-1)
+            row = self._means[:, place]
+            row.copy_(new if held == 0 else torch.lerp(row, new, n / (held + n)))
+            start, first = start + n, first + n
+
+    def truncate(self, length: int, keys: Tensor, values: Tensor) -> None:
+        """Forget all tokens from `length` on; keys (G, >= length, D) and values: those that stay."""
+        if length >= self._length:
+            return
+        # What is left of the last page is averaged anew: subtracting would leave rounding behind.
+        self._length = length // self.page * self.page
+        self.append(keys[:, self._length : length], values[:, self._length : length])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors, for `restore`."""
+        return {
+            "tail_means": self._means[:, : -(-self._length // self.page)],
+            "tail_key_spread": self._key_spread,
+            "tail_value_spread": self._value_spread,
+            "tail_counts": torch.tensor([self.page, self._length]),
+        }
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> "TailSummary":
+        """The summary whose `state` this is."""
+        summary = object.__new__(cls)
+        summary.page, summary._length = state["tail_counts"].tolist()
+        summary._means = state["tail_means"].clone()
+        summary._key_spread, summary._value_spread = state["tail_key_spread"], state["tail_value_spread"]
+        return summary
+
+    def attend_rest(self, query: Tensor, threshold: Tensor, n_found: Tensor, scale: float) -> AttentionState:
+        """Estimated attention over the keys whose scaled score is below `threshold`.
+
+        query: (1, H, T, D). threshold, n_found: (H, T), the worst scaled score found and how many keys were; +inf and
+        0 where nothing was. Returns out (1, H, T, Dv) float32 and lse (1, H, T); empty where all keys were found.
+        """
+        means = self._means[:, : -(-self._length // self.page)]
+        G, n_pages, _ = means.shape
+        H, T, D = query.shape[1:]
+        q = query[0].float().reshape(G, -1, D) * scale  # [G, R * T, D]
+        weights = q @ means[..., :D].mT  # [G, R * T, pages]
+        spread = ((q @ self._key_spread) * q).sum(-1).clamp_min(LEAST_SPREAD**2).sqrt()
+        sizes = np.full(n_pages, self.page, np.float64)
+        sizes[-1] = self._length - (n_pages - 1) * self.page
+        shift, lse = torch.empty(H * T), torch.empty(H * T)
+        n_rest = self._length - n_found.reshape(-1)
+        _weigh_pages(
+            *(x.numpy() for x in (weights.view(H * T, n_pages), spread.reshape(-1), threshold.reshape(-1), n_rest)),
+            sizes, shift.numpy(), lse.numpy(),
+        )  # fmt: skip
+        out = weights @ means[..., D:] + shift.view(G, -1, 1) * (q @ self._value_spread)
+        return AttentionState(out.reshape(1, H, T, -1), lse.reshape(1, H, T))
+
+    def _reserve(self, n_pages: int) -> None:
+        if n_pages > self._means.shape[1]:
+            G, _, width = self._means.shape
+            roomy = torch.empty((G, max(n_pages, 2 * self._means.shape[1], 4), width))
+            roomy[:, : self._means.shape[1]] = self._means
+            self._means = roomy
+
+    def _covariances(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Covariance of keys with keys (G, D, D), and with values (G, D, Dv), within pages."""
+        G, _, D = keys.shape
+        n_pages = -(-self._length // self.page)
+        chosen = torch.linspace(0, n_pages - 1, min(n_pages, max(1, SAMPLED_PAGES * PAGE // self.page))).long().tolist()
+        total, n = torch.zeros((G, D, D + values.shape[2])), 0
+        for place in chosen:
+            rows = slice(place * self.page, min((place + 1) * self.page, self._length))
+            both = torch.cat([keys[:, rows].float(), values[:, rows].float()], dim=-1)
+            both -= self._means[:, place : place + 1]
+            total += both[..., :D].mT @ both
+            n += both.shape[1]
+        total /= n
+        return total[..., :D].contiguous(), total[..., D:].contiguous()
+
+
+@jit(parallel=True)
+def _weigh_pages(
+    scores: Array, spreads: Array, limits: Array, n_rest: Array, sizes: Array, shift: Array, lse: Array
+) -> None:
+    """For each query, what the part of each page below its limit weighs.
+
+    scores: (N, pages), the mean scores of the pages; become the pages' shares of the mass, in place. spreads, limits:
+    (N,) standard deviation of the scores, and where they are cut. n_rest: (N,) keys below the limit, in truth.
+    Writes lse (N,), and shift (N,), how far the mean score of what is below lies from that of its page, over the
+    variance.
+    """
+    for i in numba.prange(len(scores)):
+        if n_rest[i] <= 0:
+            scores[i] = 0
+            shift[i], lse[i] = 0, -np.inf
+        else:
+            shift[i], lse[i] = _weigh(scores[i], float(spreads[i]), float(limits[i]), n_rest[i], sizes)
+
+
+@jit()
+def _weigh(scores: Array, spread: float, limit: float, n_rest: int, sizes: Array) -> tuple[float, float]:
+    n = len(scores)
+    masses, below, counts = np.empty(n), np.empty(n), np.empty(n)
+    for p in range(n):
+        # exp(score) tilts a normal distribution by its variance; the cut then falls at `room` deviations.
+        room = (limit - scores[p]) / spread - spread
+        below[p] = log_ndtr(room)
+        masses[p] = math.log(sizes[p]) + scores[p] + 0.5 * spread * spread + below[p]
+        counts[p] = math.log(sizes[p]) + log_ndtr(room + spread)
+    top, most = masses.max(), counts.max()
+    total, expected, shift = 0.0, 0.0, 0.0
+    for p in range(n):
+        weight = math.exp(masses[p] - top)
+        room = (limit - scores[p]) / spread - spread
+        # The mean of a normal that is cut at `room` deviations lies density / below deviations lower.
+        cut = math.exp(-0.5 * room * room - LOG_SQRT_2_PI - below[p]) if room < 1e4 else 0.0
+        shift += weight * (1.0 - cut / spread)
+        total += weight
+        expected += math.exp(counts[p] - most)
+        masses[p] = weight
+    for p in range(n):
+        scores[p] = masses[p] / total
+    # How many keys are below the limit is known; what the normal makes of it corrects the mass.
+    correction = math.log(n_rest) - (most + math.log(expected))
+    return shift / total, top + math.log(total) + correction
+
+
+@jit()
+def log_ndtr(x: float) -> float:
+    """Logarithm of the share of a standard normal distribution below x."""
+    if x > -6.0:
+        return math.log(0.5 * math.erfc(-x * 0.7071067811865476))
+    square = 1.0 / (x * x)
+    return -0.5 * x * x - LOG_SQRT_2_PI - math.log(-x) + math.log1p(-square * (1.0 - 3.0 * square))
