@@ -10,7 +10,7 @@ import typer
 from retrieval_attn.bench import report_format
 from retrieval_attn.bench.latency_options import DEVICES, DTYPES, RIVALS, SHAPES, Options, choose, make_options
 from retrieval_attn.bench.report_format import FORMATS, Row, short
-from retrieval_attn.config import INDEX_KINDS
+from retrieval_attn.config import ESTIMATORS, INDEX_KINDS
 
 
 def _option(text: str, *names: str) -> Any:
@@ -22,13 +22,14 @@ def command(
     gen: Annotated[int, _option("Decode steps per repeat.", "--gen", "-n")] = 32,
     repeat: Annotated[int, _option("Repeats; methods take turns in each.", "--repeat", "-r")] = 3,
     warmup: Annotated[int, _option("Repeats that are not counted.", "--warmup")] = 1,
-    index: Annotated[str, _option(f"Indexes: {', '.join(INDEX_KINDS)}; or none.", "--index")] = "exact,ivf,graph",
+    index: Annotated[str, _option(f"Indexes: {', '.join(INDEX_KINDS)}; or none.", "--index")] = "exact,graph,scan",
     compare: Annotated[str, _option(f"Rivals: {', '.join(RIVALS)}; or none.", "--compare")] = "full,folded",
     layers: Annotated[int | None, _option("Attention layers [default: those of --shape].", "--layers")] = None,
     shape: Annotated[str, _option(f"{', '.join(SHAPES)}, embedded (whole model), or H,G,D.", "--shape")] = "llama3-8b",
     model: Annotated[str | None, _option("Measure this whole model: a folder or hub id.", "--model", "-m")] = None,
     dtype: Annotated[str, _option(f"{' or '.join(DTYPES)}.", "--dtype")] = "bfloat16",
     top_k: Annotated[int, _option("Keys retrieved per query head.", "--top-k")] = 100,
+    estimator: Annotated[str, _option(f"{', '.join(ESTIMATORS)}.", "--estimator")] = "tail",
     threads: Annotated[int | None, _option("CPU threads [default: all cores].", "--threads")] = None,
     seed: Annotated[int, _option("Seed of vectors, texts and indexes.", "--seed")] = 0,
     device: Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")] = "auto",
@@ -44,7 +45,22 @@ def command(
     """
     choose(form, FORMATS, "--output")
     options = make_options(
-        context, gen, repeat, warmup, index, compare, layers, shape, model, dtype, top_k, threads, seed, device, check
+        context,
+        gen,
+        repeat,
+        warmup,
+        index,
+        compare,
+        layers,
+        shape,
+        model,
+        dtype,
+        top_k,
+        estimator,
+        threads,
+        seed,
+        device,
+        check,
     )
     if plot is not None:
         report_format.check_plot(plot)
@@ -171,18 +187,25 @@ def _compare(rows: list[Row]) -> None:
 
 def _notes(options: Options, env: dict[str, Any], rows: list[Row]) -> list[str]:
     """The foot of the table: what was measured, on what, and what bounds each method."""
-    git = env["git"]
-    commit = (git["commit"] or "no commit")[:12] + (", changed files" if git["dirty"] else "")
-    versions = ", ".join(f"{name} {v}" for name, v in env["packages"].items() if v)
-    load = env["load_average"]
     notes = [
-        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads (waiting: "
-        f"{env['omp_wait_policy'] or 'default'}; {', '.join(env['isa'])}); {versions}; "
-        f"{commit}; {env['date']}" + (f"; load average {load:.1f} at the start" if load is not None else ""),
+        machine_note(env),
         f"memory copies at {env['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s (reads and writes together)"
         + (f"; {env['gpu']}, driver {env['gpu_driver']}" if env["gpu"] else ""),
     ]
     return notes + (_model_notes(options) if options.mode == "model" else _layer_notes(options, env, rows))
+
+
+def machine_note(env: dict[str, Any]) -> str:
+    """The machine, the versions and the commit, from what `machine.describe` said; one line."""
+    git = env["git"]
+    commit = (git["commit"] or "no commit")[:12] + (", changed files" if git["dirty"] else "")
+    versions = ", ".join(f"{name} {v}" for name, v in env["packages"].items() if v)
+    load = env["load_average"]
+    return (
+        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads (waiting: "
+        f"{env['omp_wait_policy'] or 'default'}; {', '.join(env['isa'])}); {versions}; "
+        f"{commit}; {env['date']}" + (f"; load average {load:.1f} at the start" if load is not None else "")
+    )
 
 
 def _model_notes(options: Options) -> list[str]:

@@ -1,6 +1,7 @@
 """Decode steps of attention layers alone: synthetic vectors are put into the layers' memories, no model is run."""
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor
 
 from retrieval_attn.bench import rivals
-from retrieval_attn.bench.latency_options import LayerShape, Options
+from retrieval_attn.bench.latency_options import RIVALS, LayerShape, Options
 from retrieval_attn.bench.machine import PeakMemory, cache_bytes, require_memory, synchronize
 from retrieval_attn.bench.report_format import Row, blank_row
 from retrieval_attn.bench.vectors import Vectors, shaped
 from retrieval_attn.build import RECENT_QUERIES
+from retrieval_attn.choose import bytes_per_key
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.decode import StepClock, decode
 from retrieval_attn.memory import LayerMemory
 from retrieval_attn.memory import LayerShape as MemoryShape
-from retrieval_attn.plan import GRAPH_BYTES_PER_KEY
 
 PARTS = ("near", "search", "gather", "merge", "rest", "total")
 
@@ -65,8 +66,9 @@ class Retrieving:
         self.name = kind
         # Short contexts too are indexed: the row says what it measured.
         config = RetrievalConfig(
-            index=kind, top_k=options.top_k, exact_below=0, seed=options.seed, threads=options.threads
-        )
+            index=kind, top_k=options.top_k, estimator=options.estimator, exact_below=0, seed=options.seed,
+            threads=options.threads,
+        )  # fmt: skip
         self._device = options.device
         self._layers = layers
         self._memories = [_twin(layer.memory, config) for layer in layers]
@@ -93,13 +95,19 @@ class Retrieving:
         errors = []
         for i in range(queries.shape[2]):
             query = queries[:, :, i : i + 1].contiguous()
-            out = decode(query, memory, query.shape[-1] ** -0.5, StepClock()).out.float().cpu()[0, :, 0]
+            out = self._output(memory, query)
             exact = exact_attention(query, keys, values)
             chosen, recall = self._selection(query)
             same = exact_attention(query, keys, values, chosen)
-            errors.append((relative(out, exact), relative(out, same), recall))
+            plain = self._output(_twin_of(memory, estimator="topk"), query)
+            errors.append((relative(out, exact), relative(plain, same), recall))
         total, computed, recall = np.mean(errors, axis=0)
         return {"rel_error": float(total), "computation": float(computed), "recall": float(recall)}
+
+    @staticmethod
+    def _output(memory: LayerMemory, query: Tensor) -> Tensor:
+        memory.forget_step()
+        return decode(query, memory, query.shape[-1] ** -0.5, StepClock()).out.float().cpu()[0, :, 0]
 
     def _selection(self, query: Tensor) -> tuple[Tensor, float]:
         """Which tokens (H, S) the step attends to, and how many of the best far ones its search found."""
@@ -133,7 +141,7 @@ class Retrieving:
     def bytes_per_step(self, visited: float) -> float:
         """Bytes of keys and values that one step of one layer reads, at most: heads of a group may share reads."""
         memory = self._memories[0]
-        (G, D, _, dtype, _), n_far = memory.shape, memory.split.n_far
+        (G, D, _, dtype, *_), n_far = memory.shape, memory.split.n_far
         H, top_k = self._layers[0].queries.shape[1], memory.config.top_k
         row = D * dtype.itemsize
         searched = G * n_far if self.name == "exact" else H * visited * n_far
@@ -235,7 +243,9 @@ def _fill(
     dtype = getattr(torch, options.dtype)
     kv_bytes = 2 * options.shape.G * options.shape.D * dtype.itemsize * (context + _n_steps(options))
     n_contiguous = min(options.layers, -(-4 * cache_bytes() // kv_bytes)) if _has_rival(options) else 0
-    index_bytes = options.shape.G * context * GRAPH_BYTES_PER_KEY * ("graph" in options.methods)
+    kinds = [method for method in options.methods if method not in RIVALS]
+    per_key = max((bytes_per_key(kind, options.shape.D) for kind in kinds), default=0)
+    index_bytes = options.shape.G * context * per_key
     # One layer's vectors more: they are made as a whole before they are put where they belong.
     needed = (options.layers + n_contiguous + 2) * kv_bytes + options.layers * index_bytes
     require_memory(needed, f"{options.layers} layers of {context} tokens, with the tensors of the comparison,")
@@ -280,6 +290,13 @@ def _fill_layer(options: Options, shape: LayerShape, context: int, i: int) -> tu
     memory.refill(vectors.keys[:, :context], vectors.values[:, :context], sample, device)
     fresh = [x[None, :, context:].clone().to(device) for x in (vectors.keys, vectors.values)]
     return Layer(memory, vectors.queries[None].to(device), fresh[0], fresh[1]), vectors
+
+
+def _twin_of(memory: LayerMemory, **options: Any) -> LayerMemory:
+    """The same memory under other options that change nothing of what is stored."""
+    twin = copy.copy(memory)
+    twin.config = dataclasses.replace(memory.config, **options)
+    return twin
 
 
 def _twin(memory: LayerMemory, config: RetrievalConfig) -> LayerMemory:

@@ -47,8 +47,9 @@ class Retrieving:
 
     def __init__(self, kind: str, options: Options, llm: LLM) -> None:
         self._config = RetrievalConfig(
-            index=kind, top_k=options.top_k, exact_below=0, seed=options.seed, threads=options.threads
-        )
+            index=kind, top_k=options.top_k, estimator=options.estimator, exact_below=0, seed=options.seed,
+            threads=options.threads,
+        )  # fmt: skip
         self._llm, self._options = llm, options
 
     def run(self, ids: list[int], fed: list[int]) -> Run:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retrieval_attn.config import INDEX_KINDS
+from retrieval_attn.config import ESTIMATORS, INDEX_KINDS
 
 RIVALS = ("full", "folded")
 DTYPES = ("bfloat16", "float32")
@@ -40,6 +40,7 @@ class Options:
     warmup: int
     dtype: str
     top_k: int
+    estimator: str
     threads: int | None
     seed: int
     device: str
@@ -111,7 +112,7 @@ def at_least(value: int, least: int, flag: str) -> int:
 
 def make_options(
     context: str, gen: int, repeat: int, warmup: int, index: str, compare: str, layers: int | None, shape: str,
-    model: str | None, dtype: str, top_k: int, threads: int | None, seed: int, device: str, check: bool,
+    model: str | None, dtype: str, top_k: int, estimator: str, threads: int | None, seed: int, device: str, check: bool,
 ) -> Options:  # fmt: skip
     """Options from what the command line gave; ValueError in one line for what cannot be."""
     layer_shape = None if model is not None else parse_shape(shape)
@@ -132,6 +133,7 @@ def make_options(
         warmup=at_least(warmup, 0, "--warmup"),
         dtype=choose(dtype, DTYPES, "--dtype"),
         top_k=at_least(top_k, 1, "--top-k"),
+        estimator=choose(estimator, ESTIMATORS, "--estimator"),
         threads=None if threads is None else at_least(threads, 1, "--threads"),
         seed=at_least(seed, 0, "--seed"),
         device=choose(device, DEVICES, "--device"),

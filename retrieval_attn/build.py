@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retrieval_attn.choose import Choice
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.index import Index, build_index
 from retrieval_attn.kernels import TailSummary
@@ -104,20 +105,18 @@ class QuerySample:
 
 
 class BuiltIndex(NamedTuple):
-    """An index, the summary of what it may not find if the estimator wants one, and the seconds that both took."""
+    """An index and why it is of its kind, the summary of what it may not find if the estimator wants one, and the
+    seconds that both took."""
 
     index: Index
+    reason: str
     tail: TailSummary | None
     seconds: float
 
 
-def index_kind(config: RetrievalConfig, n_far: int) -> str:
-    """The kind that serves `n_far` keys: a short far context is scanned exactly whatever was asked for."""
-    return config.index if n_far >= config.exact_below else "exact"
-
-
 def build_far_index(
     config: RetrievalConfig,
+    choice: Choice,
     keys: Tensor,
     values: Tensor,
     queries: Tensor,
@@ -131,11 +130,11 @@ def build_far_index(
     """
     started = time.perf_counter()
     index = build_index(
-        index_kind(config, keys.shape[1]), keys, queries, seed=config.seed,
+        choice.kind, keys, queries, seed=config.seed,
         lift=scale if config.estimator == "lift" else None, cancel=cancelled, progress=progress,
     )  # fmt: skip
     tail = TailSummary(keys, values) if needs_tail(config) else None
-    return BuiltIndex(index, tail, time.perf_counter() - started)
+    return BuiltIndex(index, choice.reason, tail, time.perf_counter() - started)
 
 
 def needs_tail(config: RetrievalConfig) -> bool:

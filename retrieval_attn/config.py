@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-INDEX_KINDS = ("exact", "ivf", "graph", "page")
+INDEX_KINDS = ("exact", "ivf", "graph", "scan", "page", "auto")
 
 ESTIMATORS = ("topk", "lift", "tail")
 
@@ -12,8 +12,10 @@ ESTIMATORS = ("topk", "lift", "tail")
 class RetrievalConfig:
     """How far keys are found, and what stays near.
 
-    index: which index finds far keys. "graph" looks at a few per cent of the keys and is the paper's method; "exact"
-        scans all of them (the oracle, and the honest baseline); "ivf" is faiss's inverted file, the usual baseline.
+    index: which index finds far keys. "graph" looks at a few per cent of the keys and is the paper's method; "scan"
+        looks at all of them through a fraction of their bytes, and needs no building; "page" opens the most promising
+        runs of consecutive keys; "exact" scans all keys (the oracle, and the honest baseline); "ivf" is faiss's
+        inverted file, the usual baseline; "auto" chooses by length, memory and use, and says why in the stats.
     top_k: keys retrieved per query head, as in the paper (100; hard key-value lookups want up to 2000). `top_k` at
         least as large as the far context gives full attention.
     n_sink: first tokens of the context that stay near; the paper's 128 hold the attention sink.

@@ -19,10 +19,10 @@ LEAST_NORM = 1e-30
 class StepClock:
     """What decode steps cost and found; adds up until it is reset.
 
-    near, search, gather, merge: seconds. visited, far: keys looked at, and keys there were, per query head. steps: calls.
-    used, recovered: keys read per query head, and the share of the attention mass they hold with the window, by
-    estimate. checks, error, worst_error, recall, mass: steps that were verified, and over them the sums of the output's
-    relative error and its largest, of the recall, and of the true share of the mass.
+    near, search, gather, merge: seconds. visited, far: keys looked at, and keys there were, per query head. steps: how
+    many. used, recovered: keys read per query head, and the share of the attention mass that they hold with the window,
+    by estimate. checks: steps that were verified; error, worst_error, recall, mass: over them the sum of the output's
+    relative errors and the largest, the sums of the recall and of the true share of the mass.
     """
 
     near: float = 0.0
@@ -132,6 +132,7 @@ def _attend(query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult
 def _note(clock: StepClock, memory: LayerMemory, far: FarState, out: AttentionState) -> None:
     """Add what the step found to the clock."""
     clock.steps += 1
+    memory.steps += 1
     clock.far += memory.split.n_far
     clock.used += float(np.mean(far.n_used))
     # Of the whole: all of the window, and of the far part what was read.
@@ -158,7 +159,7 @@ def _verify(
 
 
 def share_found(hits: SearchResult, best: SearchResult) -> float:
-    """The share of the best keys that was found, over all heads; keys that tie with the worst of the best count, too."""
+    """The share of the best keys that was found, over all heads; keys that tie with the worst of the best count."""
     n_found = np.maximum(np.sum(hits.ids >= 0, axis=-1), 1)
     least = np.take_along_axis(best.scores, n_found[..., None] - 1, axis=-1)
     good = (hits.scores >= least - 1e-5 * np.abs(least)) & (hits.ids >= 0)

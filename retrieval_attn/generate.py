@@ -59,12 +59,12 @@ class GenerationStats:
     indexes took, in the background; build_wait_s of them were waited for. tpot_s: mean seconds per later token, that
     wait excluded; itl_s lists each. visited_fraction: share of the far keys whose vector or code was read per step.
     near_s, search_s, gather_s, merge_s: parts of all decode steps together, over all layers. index: the kinds of index
-    in use ("exact" while a context is shorter than `exact_below`); empty without far keys.
+    in use ("exact" while a context is shorter than `exact_below`); empty without far keys. index_reason: why.
     keys_per_head: far keys that a query head used in a step, on average. recovered_mass: share of the attention that
     these and the window hold, by the estimator's own account (1 for "topk", which knows no rest).
     verified_steps: layer-steps that were also computed exactly (`verify_every`); over them verified_error and
     verified_worst_error, the relative L2 error of the output, mean and largest; verified_recall, the share of the best
-    keys that was found; verified_mass, the share of the attention that what was read truly holds. None if there are none.
+    keys that was found; verified_mass, the share of the attention that what was read truly holds. None without any.
     """
 
     prompt_tokens: int = 0
@@ -95,6 +95,7 @@ class GenerationStats:
     rss_bytes: int = 0
     peak_device_bytes: int = 0
     index: str = ""
+    index_reason: str = ""
     stop_reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -257,6 +258,7 @@ class Request:
         indexes = [index for memory in cache.memories if (index := memory.index_if_built) is not None]
         stats.index_bytes = sum(index.nbytes for index in indexes)
         stats.index = ", ".join(sorted({index.kind for index in indexes}))
+        stats.index_reason = "; ".join(sorted({memory.index_reason for memory in cache.memories} - {""}))
         stats.rss_bytes = psutil.Process().memory_info().rss
         if self.model.device.type == "cuda":
             stats.peak_device_bytes = torch.cuda.max_memory_allocated(self.model.device)

@@ -110,9 +110,10 @@ def _is_sliding(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
 class RetrievalLayer(DynamicLayer):
     """A full-attention cache layer whose tokens live in `LayerMemory`, one per sequence of the batch."""
 
-    def __init__(self, config: RetrievalConfig, capacity: int) -> None:
+    def __init__(self, config: RetrievalConfig, capacity: int, n_layers: int = 1) -> None:
         super().__init__()
         self.config = config
+        self.n_layers = n_layers
         self.memories: list[LayerMemory] = []
         self.clock = StepClock()
         self.phase = "auto"
@@ -125,7 +126,9 @@ class RetrievalLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """One memory per sequence."""
         values = key_states if value_states is None else value_states
-        shape = LayerShape(key_states.shape[1], key_states.shape[3], values.shape[3], key_states.dtype, self._capacity)
+        shape = LayerShape(
+            key_states.shape[1], key_states.shape[3], values.shape[3], key_states.dtype, self._capacity, self.n_layers
+        )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.memories = [LayerMemory(self.config, shape) for _ in range(key_states.shape[0])]
         self.is_initialized = True
@@ -277,8 +280,10 @@ class RetrievalCache(DynamicCache):
         super().__init__(config=model_config)
         capacity = _max_positions(model_config) or DEFAULT_CAPACITY
         # Exact type: subclasses are other kinds of layer.
+        ours = [type(layer) is DynamicLayer for layer in self.layers]
         self.layers: list[Any] = [
-            RetrievalLayer(config, capacity) if type(layer) is DynamicLayer else layer for layer in self.layers
+            RetrievalLayer(config, capacity, sum(ours)) if mine else layer
+            for layer, mine in zip(self.layers, ours, strict=True)
         ]
         self.config = config
         if not self.retrieval_layers:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrieval_attn.build import BuiltIndex, QuerySample, build_far_index, index_kind
+from retrieval_attn.build import BuiltIndex, QuerySample, build_far_index
+from retrieval_attn.choose import Choice, choose_index
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.host import Array
 from retrieval_attn.index import Index
@@ -20,13 +21,15 @@ log = logging.getLogger("retrieval_attn")
 
 
 class LayerShape(NamedTuple):
-    """What a layer's memory looks like: KV heads, dimensions of a key and of a value, dtype, tokens reserved for."""
+    """What a layer's memory looks like: KV heads, dimensions of a key and of a value, dtype, tokens reserved for; and
+    how many layers there are like it."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
     capacity: int
+    n_layers: int = 1
 
 
 class LayerMemory:
@@ -40,12 +43,14 @@ class LayerMemory:
     def __init__(self, config: RetrievalConfig, shape: LayerShape) -> None:
         self.config = config
         self.shape = shape
-        self.store = HostStore(*shape)
+        self.store = HostStore(*shape[:5])
         self.window = Window(config.n_sink, config.n_local)
         self.sample = QuerySample(config.build_queries)
         self.scale = shape.key_dim**-0.5
         self.build_seconds = 0.0
         self.build_fraction = 0.0
+        self.index_reason = ""
+        self.steps = 0
         # What the last step found, where the next one begins, and how many keys it took; forgotten on crop.
         self.last_ids: Array | None = None
         self.reach: int | None = None
@@ -86,8 +91,18 @@ class LayerMemory:
         """Whether the index was built for another kind of context: far shorter, or too short for its kind."""
         if self._index is None or self._building is not None:
             return False
-        n_far = self.split.n_far
-        return n_far > 2 * self._built_on or self._index.kind != index_kind(self.config, n_far)
+        if self.split.n_far > 2 * self._built_on:
+            return True
+        wanted, kind = self.choice().kind, self._index.kind
+        # Left to choose, a kind once built stays: the memory it takes must not talk us out of it.
+        return wanted != kind and (self.config.index != "auto" or kind == "exact" or wanted == "graph")
+
+    def choice(self) -> Choice:
+        """The kind of index that suits the far keys of this moment."""
+        shape = self.shape
+        return choose_index(
+            self.config, self.split.n_far, shape.n_layers, shape.kv_heads, shape.key_dim, steps=self.steps
+        )
 
     def build_later(self, submit: Callable[..., "Future[BuiltIndex]"], cancelled: Callable[[], bool]) -> None:
         """Hand the build to another thread; the first search waits for it, and its failure surfaces there.
@@ -163,8 +178,8 @@ class LayerMemory:
         """Let the next step begin as if there had been none before it."""
         self.last_ids, self.reach = None, None
 
-    def _build_input(self) -> tuple[RetrievalConfig, Tensor, Tensor, Tensor, float]:
-        return self.config, self.far_keys(), self.far_values(), self.sample.queries(), self.scale
+    def _build_input(self) -> tuple[RetrievalConfig, Choice, Tensor, Tensor, Tensor, float]:
+        return self.config, self.choice(), self.far_keys(), self.far_values(), self.sample.queries(), self.scale
 
     def _note_progress(self, fraction: float) -> None:
         self.build_fraction = fraction
@@ -181,7 +196,7 @@ class LayerMemory:
 
     def _adopt(self, built: BuiltIndex) -> None:
         self._index, self._built_on, self.build_seconds = built.index, built.index.n_keys, built.seconds
-        self._tail = built.tail
+        self._tail, self.index_reason = built.tail, built.reason
 
     def copy(self) -> "LayerMemory":
         """An independent memory with the same tokens; it builds its own index."""
@@ -201,6 +216,7 @@ class LayerMemory:
     def adopt_index(self, index: Index, tail: TailSummary | None = None) -> None:
         """Use an index that was built over these far keys, and the summary that went with it."""
         self._index, self._built_on, self._tail = index, index.n_keys, tail
+        self.index_reason = "restored"
 
     @property
     def index_if_built(self) -> Index | None:

@@ -8,10 +8,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from retrieval_attn.choose import bytes_per_key, choose_index
 from retrieval_attn.config import RetrievalConfig
-
-# Graph: 32 links of 4 bytes per key and KV head, and room to grow by an eighth.
-GRAPH_BYTES_PER_KEY = 32 * 4 * 9 // 8
 
 GIB = 2**30
 
@@ -58,11 +56,10 @@ def plan_memory(model_config: Any, n_tokens: int, dtype: torch.dtype, config: Re
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     row = 2 * dim * dtype.itemsize
     n_near = min(n_tokens, config.n_sink + config.n_local)
-    # faiss's lists hold float32 copies of the keys, and 8-byte ids.
-    per_key = {"exact": 0, "graph": GRAPH_BYTES_PER_KEY, "ivf": 4 * dim + 8}[config.index]
+    kind = choose_index(config, n_tokens - n_near, n_layers, heads, dim).kind
     return MemoryPlan(
         n_tokens=n_tokens,
         host_kv=n_layers * heads * row * n_tokens,
-        index=n_layers * heads * per_key * (n_tokens - n_near),
+        index=n_layers * heads * bytes_per_key(kind, dim) * (n_tokens - n_near),
         device_kv=n_layers * heads * row * (config.n_sink + config.n_local),
     )

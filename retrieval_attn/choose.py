@@ -1,0 +1,65 @@
+"""Which index serves a context: what it takes in memory, and what `index="auto"` decides.
+
+The numbers behind the decision are rows of bench/results/ made by `retrieval-attn bench recall`; they move with the
+machine, but the order of magnitude between kinds does not.
+"""
+
+from typing import NamedTuple
+
+import psutil
+
+from retrieval_attn.config import RetrievalConfig
+
+# Far keys from which a search by graph takes less time than a scan of codes: the scan grows with the context, the graph
+# hardly does.
+GRAPH_FROM = 1 << 20
+
+# Decode steps on one document after which building its graph has paid, at that length.
+GRAPH_AFTER_STEPS = 20_000
+
+# Of the free memory, at most this share goes into indexes that nobody asked for by name.
+MEMORY_SHARE = 0.5
+
+
+class Choice(NamedTuple):
+    """A kind of index and, in a few words, why."""
+
+    kind: str
+    reason: str
+
+
+def bytes_per_key(kind: str, dim: int) -> int:
+    """Bytes that an index takes beside the key itself, per key and KV head, about; for "auto", at most."""
+    sizes = {
+        "exact": 0,
+        # faiss keeps a float32 copy of the keys, and ids of 8 bytes.
+        "ivf": 4 * dim + 8,
+        # Links of 4 bytes, and room to grow by an eighth.
+        "graph": 32 * 4 * 9 // 8,
+        "scan": dim // 2 + 8,
+        "page": dim // 4,
+    }
+    return max(sizes["graph"], sizes["scan"]) if kind == "auto" else sizes[kind]
+
+
+def choose_index(
+    config: RetrievalConfig, n_far: int, n_layers: int = 1, kv_heads: int = 1, dim: int = 128, steps: int = 0
+) -> Choice:
+    """The kind of index for a far context of `n_far` keys per head.
+
+    n_layers, kv_heads, dim: how many such contexts there are, to judge memory by. steps: decode steps so far on this
+    document, which tell how much it is used.
+    """
+    if n_far < config.exact_below:
+        return Choice("exact", f"{n_far} far keys are fewer than exact_below={config.exact_below}")
+    if config.index != "auto":
+        return Choice(config.index, "asked for")
+    free = MEMORY_SHARE * psutil.virtual_memory().available
+    rows = n_far * n_layers * kv_heads
+    if n_far >= GRAPH_FROM and steps >= GRAPH_AFTER_STEPS and rows * bytes_per_key("graph", dim) <= free:
+        return Choice("graph", f"{n_far} far keys and {steps} steps: its build has paid by now")
+    if rows * bytes_per_key("scan", dim) <= free:
+        return Choice("scan", f"fastest at {n_far} far keys, nothing to train, and memory for its codes")
+    if rows * bytes_per_key("page", dim) <= free:
+        return Choice("page", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")
+    return Choice("exact", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")
