@@ -75,7 +75,7 @@ def render(report: dict[str, Any], form: str) -> str:
     if form == "json":
         return json.dumps(report, indent=2, allow_nan=False) + "\n"
     if form == "csv":
-        return _as_csv(report["results"])
+        return as_csv(report["results"], ROW_FIELDS)
     return _as_markdown(report)
 
 
@@ -145,27 +145,37 @@ def _title(report: dict[str, Any]) -> str:
     return f"Decode attention: {config['shape']}, {config['dtype']}, {device}"
 
 
-def _as_csv(rows: list[Row]) -> str:
+def as_csv(rows: list[Row], fields: tuple[str, ...]) -> str:
+    """A header and a line per row, with these of its fields."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ROW_FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
 
 
-def _as_markdown(report: dict[str, Any]) -> str:
-    columns = _MODEL_COLUMNS if report["config"]["mode"] == "model" else _LAYER_COLUMNS
-    cells = [[_cell(row, key, form) for _, key, form in columns] for row in report["results"]]
+def table(columns: list[tuple[str, str, str]], rows: list[Row]) -> str:
+    """A Markdown table without a line break at its end; columns: heading, key of the row, how a number is written.
+
+    Columns that are empty in every row are left out.
+    """
+    cells = [[_cell(row, key, form) for _, key, form in columns] for row in rows]
     used = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     lines = [
         "| " + " | ".join(columns[i][0] for i in used) + " |",
         "|" + "|".join(" --- " if columns[i][2] == "{}" else " ---: " for i in used) + "|",
         *("| " + " | ".join(row[i] for i in used) + " |" for row in cells),
     ]
+    return "\n".join(lines)
+
+
+def _as_markdown(report: dict[str, Any]) -> str:
+    columns = _MODEL_COLUMNS if report["config"]["mode"] == "model" else _LAYER_COLUMNS
     reasons = [
         f"{short(row['context'])} {row['method']}: {row['reason']}" for row in report["results"] if row["reason"]
     ]
-    return "\n".join([_title(report), "", *lines, "", *(f"- {note}" for note in [*report["notes"], *reasons])]) + "\n"
+    notes = "\n".join(f"- {note}" for note in [*report["notes"], *reasons])
+    return f"{_title(report)}\n\n{table(columns, report['results'])}\n\n{notes}\n"
 
 
 def _cell(row: Row, key: str, form: str) -> str:

@@ -21,11 +21,19 @@ from retrieval_attn.index.graph import GraphIndex
 from retrieval_attn.index.ivf import IVFIndex
 from retrieval_attn.index.keys import Keys, check_keys
 from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.page import PageIndex
 from retrieval_attn.index.protocol import BuildCancelled, Index, SearchResult, Steps, as_queries
+from retrieval_attn.index.scan import ScanIndex
 
 __all__ = ["INDEX_KINDS", "BuildCancelled", "Index", "SearchResult", "build_index", "load_index"]
 
-_KINDS: dict[str, Any] = {"exact": ExactIndex, "ivf": IVFIndex, "graph": GraphIndex}
+_KINDS: dict[str, Any] = {
+    "exact": ExactIndex,
+    "ivf": IVFIndex,
+    "graph": GraphIndex,
+    "scan": ScanIndex,
+    "page": PageIndex,
+}
 
 INDEX_KINDS = tuple(_KINDS)
 

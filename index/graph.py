@@ -1,6 +1,14 @@
-"""The attention-aware graph index: one graph per KV head, built from what its queries wanted during prefill.
+"""The attention-aware graph index: per KV head, a tree and links over its keys, shaped by what its queries ask.
 
-`graph_build.py` makes the graphs, `graph_search.py` searches them, `graph_append.py` links new keys.
+    metric    what the sampled queries of all heads of the group can tell apart                      graph_metric.py
+    cells     a tree of two levels over the keys: where a search begins                              graph_cells.py
+    links     from each key to keys that the same queries want: where it goes on                     graph_links.py
+    search    the keys of the most promising leaves, then best-first along the links                 graph_search.py
+    append    new keys get cells of their own, and links                                             graph_append.py
+
+After RetrievalAttention (arXiv 2409.10516) and RoarGraph (arXiv 2408.08933), which link keys that stand together among
+the exact nearest keys of a sampled query. Here the queries say how near keys are, and near keys are linked: with as many
+links that finds more, on real and on synthetic vectors, and no sampled query has to be compared with every key.
 """
 
 import threading
@@ -12,23 +20,30 @@ import numpy as np
 from retrieval_attn.host import Array, as_array, jit
 from retrieval_attn.index import storage
 from retrieval_attn.index.exact import scan
-from retrieval_attn.index.graph_append import forget, link_new
-from retrieval_attn.index.graph_build import build_head
-from retrieval_attn.index.graph_search import search_graphs
+from retrieval_attn.index.graph_append import add_cells, links_below
+from retrieval_attn.index.graph_cells import Cells, grow_cells, joined, without
+from retrieval_attn.index.graph_links import link_cells
+from retrieval_attn.index.graph_metric import Metric, fit_metric
+from retrieval_attn.index.graph_search import N_FIRST, search_graphs
 from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.lift import Lift
-from retrieval_attn.index.protocol import Batch, SearchResult, Steps, check_effort, check_search, check_truncate
-
-# A search begins at the hubs and at the best 64 keys of the 4 stored queries most like it.
-N_PICKS = 4
-N_WANTED = 64
+from retrieval_attn.index.protocol import (
+    Batch,
+    SearchResult,
+    Steps,
+    check_effort,
+    check_search,
+    check_truncate,
+    lifted_queries,
+)
 
 
 class State(NamedTuple):
     """What changes on append; replaced as a whole."""
 
     keys: Keys
-    links: Array  # (G, capacity, M) int32
+    cells: Cells
+    links: Array  # (G, capacity, M) int32, each list padded with -1 at its end
     n_linked: int  # keys after these are scanned
 
 
@@ -37,12 +52,10 @@ class GraphIndex:
 
     kind = "graph"
 
-    def __init__(self, state: State, hubs: Array, anchors: Array, wanted: Array, tail: int) -> None:
+    def __init__(self, state: State, metrics: list[Metric], leaf: int, tail: int) -> None:
         self._state = state
-        self._hubs = hubs
-        self._anchors = anchors
-        self._wanted = wanted
-        self._anchor_rows = Keys(anchors)
+        self._metrics = metrics
+        self._leaf = leaf
         self._tail = tail
         self._lock = threading.Lock()
 
@@ -53,53 +66,43 @@ class GraphIndex:
         queries: Array | None,
         seed: int,
         steps: Steps,
-        degree: int = 32,
-        max_queries: int = 2048,
-        list_size: int = 100,
-        near: int = 8,
-        n_hubs: int = 16,
-        n_anchors: int = 256,
-        slack: float = 1.4,
+        degree: int = 16,
+        leaf: int = 3,
         tail: int = 2048,
     ) -> "GraphIndex":
         """Build one graph per KV head from the queries of all its query heads.
 
-        Without queries, the keys of each head, centred, stand in for them: recall is then lower, as for any graph
-        that has not seen queries.
+        Without queries, the keys of each head, centred, stand in for them.
 
         degree: links per key.
-        max_queries: sampled queries per KV head; more than these are thinned evenly over heads and positions.
-        list_size: exact nearest keys computed per sampled query.
-        near: neighbours per key taken from each of its two nearest clusters.
-        slack: a link is left out if a kept one is this many times nearer (squared) to its end; large keeps all.
-        n_hubs: keys most often wanted, where searches begin.
-        n_anchors: sampled queries kept, at whose best keys searches also begin.
-        tail: appended keys scanned exactly before they are linked together.
+        leaf: keys per leaf of the tree, in the mean.
+        tail: appended keys scanned exactly before they are linked together; a 64th of the keys, if that is more.
         """
-        for name, value, least in (
-            ("degree", degree, 4), ("max_queries", max_queries, 1), ("list_size", list_size, 1), ("near", near, 1),
-            ("n_hubs", n_hubs, 1), ("n_anchors", n_anchors, 1), ("slack", slack, 0.5), ("tail", tail, 1),
-        ):  # fmt: skip
+        for name, value, least in (("degree", degree, 4), ("leaf", leaf, 1), ("tail", tail, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         n_heads, n_keys, _ = keys.shape
-        graphs = []
+        links = np.full((n_heads, n_keys, degree), -1, np.int32)
+        trees, metrics = [], []
         for head in range(n_heads):
-            points = keys.float32(head)
-            rng = np.random.default_rng([seed, head])
-            asked = sample_keys(points, max_queries, rng) if queries is None else None
-            if queries is not None:
-                asked = thinned(queries.reshape(n_heads, -1, points.shape[1])[head], max_queries)
-            graph = build_head(
-                points, asked, degree=degree, list_size=list_size, near=near, slack=slack, n_hubs=n_hubs,
-                n_anchors=n_anchors, n_wanted=N_WANTED, rng=rng, steps=steps.part(head / n_heads, 1 / n_heads),
-            )  # fmt: skip
-            graphs.append(graph)
-        hubs = np.full((n_heads, max(len(g.hubs) for g in graphs)), -1, np.int32)
-        for row, graph in zip(hubs, graphs, strict=True):
-            row[: len(graph.hubs)] = graph.hubs
-        stack = lambda name: np.stack([getattr(graph, name) for graph in graphs])  # noqa: E731
-        return cls(State(keys, stack("links"), n_keys), hubs, stack("anchors"), stack("wanted"), tail)
+            part = steps.part(head / n_heads, 1 / n_heads)
+            rows = keys.lifted(head)
+            asked = rows - rows.mean(axis=0) if queries is None else group_queries(queries, keys, head)
+            metric = fit_metric(rows, asked)
+            points = metric.points(rows)
+            tree = grow_cells(rows, points, 0, leaf, [seed, head], part.part(0.0, 0.4))
+            link_cells(tree, 0, metric, points.__getitem__, 0, links[head], part.part(0.4, 0.6))
+            trees.append(tree)
+            metrics.append(metric)
+        index = cls(State(keys, joined(trees), links, n_keys), metrics, leaf, tail)
+        index._compile()
+        return index
+
+    def _compile(self) -> None:
+        """Make sure that the search is compiled: the first one of a tiny index would be a scan."""
+        n_heads, _, dim = self.shape
+        batch = check_search(np.zeros((n_heads, dim), np.float32), 1, self._state.keys)
+        self._search_linked(self._state, batch, 1, None)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -115,89 +118,87 @@ class GraphIndex:
 
     @property
     def nbytes(self) -> int:
-        """Links (with room to grow), hubs, stored queries and their lists."""
-        return self._state.links.nbytes + self._hubs.nbytes + self._anchors.nbytes + self._wanted.nbytes
+        """Links (with room to grow), tree and metric."""
+        _, cells, links, _ = self._state
+        return int(links.nbytes + sum(x.nbytes for x in cells) + sum(x.nbytes for m in self._metrics for x in m))
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: width of the beam, at least k, by default 2 k and no less than 128."""
-        keys, links, n_linked = self._state
+        state = self._state
+        keys, _, _, n_linked = state
         batch = check_search(q, k, keys)
         effort = max(check_effort(effort, max(2 * k, 128)), k)
         n_keys = keys.shape[1]
-        # A beam that could hold all linked keys; so also when all keys are asked for.
-        if effort >= n_linked:
+        # A search that would read all linked keys anyway; so also when all keys are asked for.
+        if effort * N_FIRST >= n_linked:
             ids, scores = scan(keys, batch.queries, k, 0, n_keys)
             return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
-        n_heads, n_queries, _ = batch.queries.shape
-        ids = np.empty((n_heads, n_queries, k), np.int32)
-        scores = np.empty((n_heads, n_queries, k), np.float32)
-        visited = np.empty((n_heads, n_queries), np.int64)
-        starts = self._starts(batch, seeds)
-        search_graphs(*keys.flat, n_linked, links, starts, batch.queries, effort, ids, scores, visited)
+        ids, scores, visited = self._search_linked(state, batch, effort, seeds)
         if n_keys > n_linked:
             tail_ids, tail_scores = scan(keys, batch.queries, k, n_linked, n_keys)
             ids, scores = merge_ranked(ids, scores, tail_ids, tail_scores)
             visited += n_keys - n_linked
         return batch.result(ids, scores, visited)
 
-    def _starts(self, batch: Batch, seeds: Any) -> Array:
-        """Where each search begins: (G, N, n) ids, -1 to be skipped."""
+    def _search_linked(self, state: State, batch: Batch, effort: int, seeds: Any) -> tuple[Array, Array, Array]:
+        keys, cells, links, n_linked = state
         n_heads, n_queries, _ = batch.queries.shape
-        picks, _ = scan(self._anchor_rows, batch.queries, N_PICKS, 0, self._anchors.shape[1])
-        hubs = np.broadcast_to(self._hubs[:, None], (n_heads, n_queries, self._hubs.shape[1]))
-        wanted = self._wanted[np.arange(n_heads)[:, None, None], picks].reshape(n_heads, n_queries, -1)
-        return np.concatenate([as_seeds(seeds, batch), hubs, wanted], axis=2)
+        ids = np.empty((n_heads, n_queries, batch.k), np.int32)
+        scores = np.empty((n_heads, n_queries, batch.k), np.float32)
+        visited = np.empty((n_heads, n_queries), np.int64)
+        search_graphs(
+            *keys.flat, keys.bonus, n_linked, cells, links, as_seeds(seeds, batch),
+            lifted_queries(batch.queries, keys), effort, ids, scores, visited,
+        )  # fmt: skip
+        return ids, scores, visited
 
     def append(self, new_keys: Any, *, keys: Any = None) -> None:
         """See `Index.append`. New keys are scanned; when more than `tail` are, all of them are linked, in this call."""
         with self._lock:
-            old, links, n_linked = self._state
+            old, cells, links, n_linked = self._state
             grown = old.grown(new_keys, keys)
             n_keys = grown.shape[1]
-            if n_keys - n_linked > self._tail:
+            if n_keys - n_linked > max(self._tail, n_linked // 64):
                 links = with_room(links, n_linked, n_keys)
-                link_new(*grown.flat, n_linked, n_keys, links, self._hubs, self._anchors, self._wanted)
+                cells = add_cells(cells, grown, self._metrics, n_linked, links, self._leaf)
                 n_linked = n_keys
-            self._state = State(grown, links, n_linked)
+            self._state = State(grown, cells, links, n_linked)
 
     def truncate(self, n_keys: int) -> None:
         """See `Index.truncate`."""
         with self._lock:
             check_truncate(n_keys, self.n_keys)
-            keys, links, n_linked = self._state
+            keys, cells, links, n_linked = self._state
             if n_keys < n_linked:
-                # Searches that still run keep the arrays they began with.
-                self._hubs, self._wanted = self._hubs.copy(), self._wanted.copy()
-                links = forget(links, self._hubs, self._wanted, n_keys)
-            self._state = State(keys.first(n_keys), links, min(n_linked, n_keys))
+                cells, links, n_linked = without(cells, n_keys), links_below(links, n_keys), n_keys
+            self._state = State(keys.first(n_keys), cells, links, n_linked)
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
         with self._lock:
-            keys, links, n_linked = self._state
-            arrays = {
-                "links": links[:, :n_linked], "hubs": self._hubs, "anchors": self._anchors, "wanted": self._wanted,
-            }  # fmt: skip
-            storage.write(path, self.kind, {"tail": self._tail}, arrays, keys, with_keys)
+            keys, cells, links, n_linked = self._state
+            arrays = {f"cells.{name}": array for name, array in cells._asdict().items()}
+            arrays |= {
+                f"metric.{name}": np.stack(rows)
+                for name, rows in zip(Metric._fields, zip(*self._metrics, strict=True), strict=True)
+            }
+            arrays["links"] = links[:, :n_linked]
+            storage.write(path, self.kind, {"leaf": self._leaf, "tail": self._tail}, arrays, keys, with_keys)
 
     @classmethod
     def restore(cls, saved: storage.Saved) -> "GraphIndex":
         links = saved.arrays["links"]
-        state = State(saved.keys, links, links.shape[1])
-        return cls(state, saved.arrays["hubs"], saved.arrays["anchors"], saved.arrays["wanted"], **saved.settings)
+        cells = Cells(*(saved.arrays[f"cells.{name}"] for name in Cells._fields))
+        metrics = [
+            Metric(*rows) for rows in zip(*(saved.arrays[f"metric.{name}"] for name in Metric._fields), strict=True)
+        ]
+        return cls(State(saved.keys, cells, links, links.shape[1]), metrics, **saved.settings)
 
 
-def thinned(queries: Array, n: int) -> Array:
-    """At most n of the rows, evenly spaced."""
-    if len(queries) <= n:
-        return np.ascontiguousarray(queries)
-    return queries[np.linspace(0, len(queries) - 1, n).astype(np.int64)]
-
-
-def sample_keys(keys: Array, n: int, rng: np.random.Generator) -> Array:
-    """At most n keys, centred: what stands in for queries when there are none."""
-    chosen = rng.choice(len(keys), min(n, len(keys)), replace=False)
-    return keys[chosen] - keys.mean(axis=0)
+def group_queries(queries: Array, keys: Keys, head: int) -> Array:
+    """The sampled queries (H, T, D) of all heads that read KV head `head`: (R T, E)."""
+    rows = queries.reshape(keys.shape[0], -1, queries.shape[-1])[head]
+    return lifted_queries(rows, keys)
 
 
 def as_seeds(seeds: Any, batch: Batch) -> Array:

@@ -34,6 +34,18 @@ from retrieval_attn.index.topk import best_first, offer
 TAIL_SHARE = 1 / 16
 MIN_TAIL = 2048
 
+# Keys are clustered anew once there are so many times those that the centroids were made from: later keys that crowd
+# into few old lists are found less and less.
+RECLUSTER = 1.5
+
+
+class Clustering(NamedTuple):
+    """How lists are made. nlist: None for the default of so many keys."""
+
+    nlist: int | None
+    iterations: int
+    seed: int
+
 
 class Lists(NamedTuple):
     """The inverted lists of one KV head, and what probing them needs."""
@@ -81,10 +93,11 @@ class IVFIndex:
 
     kind = "ivf"
 
-    def __init__(self, keys: Keys, lists: tuple[Lists, ...], mean: Array) -> None:
-        # Replaced as a whole, never changed: a search that holds the old pair stays valid.
-        self._state = (keys, lists)
-        self._mean = mean
+    def __init__(self, keys: Keys, lists: tuple[Lists, ...], mean: Array, clustering: Clustering, n_seen: int) -> None:
+        # Replaced as a whole, never changed: a search that holds the old one stays valid.
+        self._state = (keys, lists, mean)
+        self._clustering = clustering
+        self._n_seen = n_seen
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(numba.get_num_threads(), "ivf", lambda: faiss.omp_set_num_threads(1))
 
@@ -103,21 +116,13 @@ class IVFIndex:
         nlist: clusters per head; None: 4 sqrt(S), at most one per 39 keys (what faiss asks for training).
         train_iterations: of k-means.
         """
-        n_heads, n_keys, _ = keys.shape
-        if nlist is None:
-            nlist = max(1, min(int(4 * n_keys**0.5), n_keys // 39))
-        if not 1 <= nlist <= n_keys:
-            raise ValueError(f"nlist must be between 1 and {n_keys} (keys per head), got {nlist}")
+        if nlist is not None and not 1 <= nlist <= keys.shape[1]:
+            raise ValueError(f"nlist must be between 1 and {keys.shape[1]} (keys per head), got {nlist}")
         if train_iterations < 1:
             raise ValueError(f"train_iterations must be at least 1, got {train_iterations}")
-        means, lists = [], []
-        for head in range(n_heads):
-            steps.reached(head / n_heads)
-            points = keys.lifted(head)
-            means.append(points.mean(axis=0, dtype=np.float64).astype(np.float32))
-            lists.append(_cluster(points - means[-1], nlist, seed, train_iterations))
-        steps.reached(1.0)
-        return cls(keys, tuple(lists), np.stack(means))
+        clustering = Clustering(nlist, train_iterations, seed)
+        lists, mean = cluster(keys, clustering, steps)
+        return cls(keys, lists, mean, clustering, keys.shape[1])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -134,13 +139,13 @@ class IVFIndex:
     @property
     def nbytes(self) -> int:
         """float32 keys and int64 ids in the lists, centroids, means."""
-        _, lists = self._state
-        dim = self._mean.shape[1]
-        return int(sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists) + self._mean.nbytes)
+        _, lists, mean = self._state
+        dim = mean.shape[1]
+        return int(sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists) + mean.nbytes)
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: lists probed per head, by default one in four; `seeds` change nothing."""
-        keys, lists = self._state
+        keys, lists, _ = self._state
         batch = check_search(q, k, keys)
         n_heads, n_keys, _ = keys.shape
         n_listed, nlist = lists[0].index.ntotal, len(lists[0].sizes)
@@ -157,37 +162,57 @@ class IVFIndex:
         return batch.result(ids, scores, np.stack([visited for _, visited in found]) + (n_keys - n_listed))
 
     def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`. Centroids stay as built: keys unlike the first are found less well once listed."""
+        """See `Index.append`. When there are half as many again, all are clustered anew, in this call."""
         with self._lock:
-            old, lists = self._state
+            old, lists, mean = self._state
             grown = old.grown(new_keys, keys)
-            n_listed = lists[0].index.ntotal
-            if grown.shape[1] - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
-                lists = tuple(
-                    x.extended(grown.lifted(head)[n_listed:] - self._mean[head]) for head, x in enumerate(lists)
-                )
-            self._state = (grown, lists)
+            n_keys, n_listed = grown.shape[1], lists[0].index.ntotal
+            if n_keys >= max(RECLUSTER * self._n_seen, MIN_TAIL):
+                lists, mean = cluster(grown, self._clustering, Steps())
+                self._n_seen = n_keys
+            elif n_keys - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
+                lists = tuple(x.extended(grown.lifted(head)[n_listed:] - mean[head]) for head, x in enumerate(lists))
+            self._state = (grown, lists, mean)
 
     def truncate(self, n_keys: int) -> None:
         """See `Index.truncate`."""
         with self._lock:
             check_truncate(n_keys, self.n_keys)
-            keys, lists = self._state
+            keys, lists, mean = self._state
             if n_keys < lists[0].index.ntotal:
                 lists = tuple(x.shortened(n_keys) for x in lists)
-            self._state = (keys.first(n_keys), lists)
+            self._state = (keys.first(n_keys), lists, mean)
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
-        keys, lists = self._state
+        with self._lock:
+            keys, lists, mean = self._state
+            settings = {**self._clustering._asdict(), "n_seen": self._n_seen}
         arrays = {f"lists.{head}": faiss.serialize_index(x.index) for head, x in enumerate(lists)}
-        storage.write(path, self.kind, {}, {**arrays, "mean": self._mean}, keys, with_keys)
+        storage.write(path, self.kind, settings, {**arrays, "mean": mean}, keys, with_keys)
 
     @classmethod
     def restore(cls, saved: storage.Saved) -> "IVFIndex":
         n_heads = saved.keys.shape[0]
         lists = tuple(Lists.of(faiss.deserialize_index(saved.arrays[f"lists.{head}"])) for head in range(n_heads))
-        return cls(saved.keys, lists, saved.arrays["mean"])
+        settings = dict(saved.settings)
+        n_seen = settings.pop("n_seen")
+        return cls(saved.keys, lists, saved.arrays["mean"], Clustering(**settings), n_seen)
+
+
+def cluster(keys: Keys, clustering: Clustering, steps: Steps) -> tuple[tuple[Lists, ...], Array]:
+    """The lists of every head, and the mean keys (G, D) that were taken off before."""
+    n_heads, n_keys, _ = keys.shape
+    default = max(1, min(int(4 * n_keys**0.5), n_keys // 39))
+    nlist = default if clustering.nlist is None else clustering.nlist
+    means, lists = [], []
+    for head in range(n_heads):
+        steps.reached(head / n_heads)
+        points = keys.lifted(head)
+        means.append(points.mean(axis=0, dtype=np.float64).astype(np.float32))
+        lists.append(_cluster(points - means[-1], nlist, clustering.seed, clustering.iterations))
+    steps.reached(1.0)
+    return tuple(lists), np.stack(means)
 
 
 def _cluster(points: Array, nlist: int, seed: int, iterations: int) -> Lists:

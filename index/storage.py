@@ -118,4 +118,6 @@ def _keys(path: Path, header: dict[str, Any], stored: Array | None, given: Any) 
 
 
 def _digest(data: Any) -> str:
-    return hashlib.sha256(data if isinstance(data, bytes) else memoryview(data).cast("B")).hexdigest()
+    # An empty array has no memory to look at.
+    raw = data if isinstance(data, bytes) else memoryview(data).cast("B") if data.size else b""
+    return hashlib.sha256(raw).hexdigest()

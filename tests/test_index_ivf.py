@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_index_vectors import as_bfloat16, attention_like, recall
 
-from retrieval_attn.index import build_index
+from retrieval_attn.index import build_index, ivf
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,20 @@ def test_few_probed_keys_leave_short_rows(scene, index):
     assert np.isneginf(hit.scores[hit.ids < 0]).all()
 
 
-def test_appended_keys_are_found_before_and_after_they_are_listed(scene):
+def test_appended_keys_are_found_before_and_after_they_are_listed(scene, monkeypatch):
+    monkeypatch.setattr(ivf, "MIN_TAIL", 500)
     keys = as_bfloat16(scene.keys)
     index = build_index("ivf", keys[:, :3000])
-    for at in range(3000, 6000, 600):
+    for at in range(3000, 4200, 600):
         index.append(keys[:, at : at + 600])
         exact = build_index("exact", keys[:, : at + 600]).search(scene.later, k=20)
         assert recall(index.search(scene.later, k=20, effort=10**6).ids, exact.ids) > 0.999
-    assert 3000 < index._state[1][0].index.ntotal < 6000
+    assert 3000 < index._state[1][0].index.ntotal <= 4200
+    assert index._n_seen == 3000
+    index.append(keys[:, 4200:])
+    assert index._n_seen == 6000
+    exact = build_index("exact", keys).search(scene.later, k=20)
+    assert recall(index.search(scene.later, k=20, effort=10**6).ids, exact.ids) > 0.999
 
 
 def test_the_common_mean_does_not_matter(scene):

@@ -59,20 +59,6 @@ def test_appended_keys_can_go_again(kind, scene):
         assert np.array_equal(after.ids, before.ids)
 
 
-def test_every_key_stays_reachable(scene):
-    index = build_index("graph", scene.keys, scene.queries)
-    index.truncate(1000)
-    links, hubs = index._state.links, index._hubs
-    for head in range(len(links)):
-        reached, stack = set(), [hub for hub in hubs[head] if hub >= 0]
-        while stack:
-            key = stack.pop()
-            if key not in reached:
-                reached.add(key)
-                stack += [other for other in links[head, key] if other >= 0]
-        assert reached == set(range(1000))
-
-
 @pytest.mark.parametrize("kind", INDEX_KINDS)
 @pytest.mark.parametrize("n_keys", [0, -1, 3001])
 def test_mistakes_are_named(kind, n_keys, scene):
