@@ -1,0 +1,61 @@
+"""How hard each method is made to look, step by step, and the bytes that a search then reads."""
+
+from typing import Any
+
+from retrieval_attn.bench.ann import LINKS
+from retrieval_attn.bench.vectors import Vectors
+
+Ladder = tuple[int | None, ...]
+
+
+def ladder(method: str, k: int, index: Any) -> Ladder:
+    """Efforts from little to much, in the method's own unit; (None,), its default, for methods without one.
+
+    Those that count keys go in multiples of k; those that count parts, in shares of what there is.
+    """
+    if method in ("graph", "hnsw"):
+        return tuple(k * n for n in ((1, 2, 4, 8, 16) if method == "graph" else (1, 2, 4, 8, 16, 32)))
+    if method == "scan":
+        return tuple(k * n for n in (1, 2, 4, 8, 16))
+    if method == "page":
+        return _shares(index.n_keys, (2048, 1024, 512, 256, 128, 64))
+    if method in ("ivf", "faiss-ivf"):
+        n_lists = index.n_lists if method == "faiss-ivf" else list_count(index.n_keys)
+        return _shares(n_lists, (64, 32, 16, 8, 4, 2))
+    return (None,)
+
+
+def list_count(S: int) -> int:
+    """Inverted lists of our `ivf` and of the rival: 4 sqrt(S), at most one per 39 keys."""
+    return max(1, min(int(4 * S**0.5), S // 39))
+
+
+def bytes_read(method: str, index: Any, vectors: Vectors, visited: float, effort: int | None, k: int) -> float:
+    """An estimate of what one call reads, all heads together, from what it visits; the rule is in `RULE`."""
+    G, S, D = vectors.keys.shape
+    H, key = len(vectors.queries), D * vectors.keys.element_size()
+    wide = 4 * D
+    if method == "exact":
+        return float(G * S * key)
+    if method == "scan":
+        return float(index.nbytes + H * (effort or k) * key)
+    if method == "page":
+        return float(index.nbytes + H * visited * key)
+    if method == "graph":
+        return float(H * (visited * key + (effort or k) * index.nbytes / (G * S)))
+    if method == "hnsw":
+        return float(H * (visited * wide + (effort or k) * 8 * LINKS))
+    if method in ("ivf", "faiss-ivf"):
+        return float(G * list_count(S) * wide + H * visited * wide + (H * k * key if method == "ivf" else 0))
+    return float(H * visited * key)
+
+
+RULE = (
+    "bytes read are an estimate: visited keys, per query head, times the bytes of a key as the method keeps it (faiss: "
+    "float32); exact reads each key once for its group, scan and page their whole index once and then keys, graph and "
+    "hnsw the links of as many keys as the beam is wide, ivf all centroids; heads of a group may in truth share reads"
+)
+
+
+def _shares(n: int, parts: tuple[int, ...]) -> Ladder:
+    return tuple(dict.fromkeys(max(1, n // part) for part in parts))
