@@ -7,8 +7,8 @@
     append    new keys get cells of their own, and links                                             graph_append.py
 
 After RetrievalAttention (arXiv 2409.10516) and RoarGraph (arXiv 2408.08933), which link keys that stand together among
-the exact nearest keys of a sampled query. Here the queries say how near keys are, and near keys are linked: with as many
-links that finds more, on real and on synthetic vectors, and no sampled query has to be compared with every key.
+the exact nearest keys of a sampled query. Here the queries say how near keys are, and near keys are linked. As many
+links find more that way, on real and on synthetic vectors, and no sampled query has to be compared with every key.
 """
 
 import threading
@@ -66,8 +66,8 @@ class GraphIndex:
         queries: Array | None,
         seed: int,
         steps: Steps,
-        degree: int = 16,
-        leaf: int = 3,
+        degree: int = 12,
+        leaf: int = 2,
         tail: int = 2048,
     ) -> "GraphIndex":
         """Build one graph per KV head from the queries of all its query heads.
@@ -123,11 +123,11 @@ class GraphIndex:
         return int(links.nbytes + sum(x.nbytes for x in cells) + sum(x.nbytes for m in self._metrics for x in m))
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
-        """See `Index.search`; effort: width of the beam, at least k, by default 2 k and no less than 128."""
+        """See `Index.search`; effort: width of the beam, at least k, by default 1.25 k and no less than 128."""
         state = self._state
         keys, _, _, n_linked = state
         batch = check_search(q, k, keys)
-        effort = max(check_effort(effort, max(2 * k, 128)), k)
+        effort = max(check_effort(effort, max(5 * k // 4, 128)), k)
         n_keys = keys.shape[1]
         # A search that would read all linked keys anyway; so also when all keys are asked for.
         if effort * N_FIRST >= n_linked:

@@ -15,11 +15,11 @@ from retrieval_attn.index.page_choose import choose
 FOLLOWED = np.uint64(1)
 
 # Keys read for each place in the beam before any link is followed, and keys whose leaves are looked at for that.
-N_FIRST = 8
-N_PROBED = 20
+N_FIRST = 12
+N_PROBED = 24
 
 # A group is rated by the mean score of its keys, plus this many standard deviations.
-OPTIMISM = 1.0
+OPTIMISM = 2.0
 
 AHEAD = 8
 
@@ -62,16 +62,23 @@ def search_one(
     for leaf in leaves:
         members = cells.members[cells.first_members[leaf] : cells.first_members[leaf + 1]]
         n_todo = add_news(members, n_keys, marks, todo, n_todo)
-    n_beam, n_visited, at = 0, 0, 0
-    while True:
-        n_visited += n_todo
-        n_beam, at = read_keys(values, base, stride, bonus, todo[:n_todo], query, links, beam, n_beam, at)
-        while at < n_beam and beam[at] & FOLLOWED:
-            at += 1
-        if at == n_beam:
-            break
+    found = np.empty(len(todo), np.float32)
+    read_keys(values, base, stride, bonus, todo[:n_todo], query, found)
+    n_beam = fill(beam, todo[:n_todo], found[:n_todo])
+    n_visited, at = n_todo, 0
+    while at < n_beam:
         beam[at] |= FOLLOWED
         n_todo = add_news(links[unpack_id(beam[at])], n_keys, marks, todo, 0)
+        n_visited += n_todo
+        read_keys(values, base, stride, bonus, todo[:n_todo], query, found)
+        for i in range(n_todo):
+            entry = pack(found[i], todo[i])
+            if n_beam < effort or entry < beam[n_beam - 1]:
+                n_beam, place = insert(beam, n_beam, entry)
+                at = min(at, place)
+                prefetch_row(links, todo[i])
+        while at < n_beam and beam[at] & FOLLOWED:
+            at += 1
     n = min(n_beam, len(ids))
     for i in range(n):
         ids[i] = unpack_id(beam[i])
@@ -83,26 +90,30 @@ def search_one(
 
 @jit()
 def read_keys(
-    values: Array, base: int, stride: int, bonus: Array, keys: Array, query: Array, links: Array, beam: Array,
-    n_beam: int, at: int,
-) -> tuple[int, int]:  # fmt: skip
-    """Score the keys and put them in the beam. Returns its size, and `at`, or the first place that is new if sooner."""
+    values: Array, base: int, stride: int, bonus: Array, keys: Array, query: Array, scores: Array
+) -> None:  # fmt: skip
+    """scores[i] = score of keys[i]."""
     dim = len(query) - (1 if len(bonus) else 0)
     for i in range(min(AHEAD, len(keys))):
         prefetch_key(values, base + keys[i] * stride, dim)
     for i in range(len(keys)):
         if i + AHEAD < len(keys):
             prefetch_key(values, base + keys[i + AHEAD] * stride, dim)
-        score = dot_key(values, base + keys[i] * stride, query, dim)
+        scores[i] = dot_key(values, base + keys[i] * stride, query, dim)
         if len(bonus):
-            score += bonus[keys[i]]
-        entry = pack(score, keys[i])
-        if n_beam < len(beam) or entry < beam[n_beam - 1]:
-            n_beam, place = insert(beam, n_beam, entry)
-            if place <= at:
-                at = place
-                prefetch_row(links, keys[i])
-    return n_beam, at
+            scores[i] += bonus[keys[i]]
+
+
+@jit()
+def fill(beam: Array, keys: Array, scores: Array) -> int:
+    """Fill the empty beam with the best of the keys. Returns its size."""
+    n = min(len(beam), len(keys))
+    best = np.empty(n, np.int64)
+    choose(scores, best)
+    for i in range(n):
+        beam[i] = pack(scores[best[i]], keys[best[i]])
+    beam[:n].sort()
+    return n
 
 
 @jit()
@@ -140,7 +151,7 @@ def add_news(keys: Array, n_keys: int, marks: Array, out: Array, n: int) -> int:
 
 @jit()
 def best_leaves(cells: Cells, head: int, query: Array, n_keys: int) -> Array:
-    """The leaves that promise most, best first, about as many as hold n_keys keys."""
+    """The leaves that promise most, about as many as hold n_keys keys."""
     first, last = cells.first_cells[head], cells.first_cells[head + 1]
     reach = np.float32(OPTIMISM * np.sqrt(np.sum(query * query)))
     means = np.empty(last - first, np.float32)
@@ -166,7 +177,7 @@ def best_leaves(cells: Cells, head: int, query: Array, n_keys: int) -> Array:
             n += 1
     best = np.empty(min(n, 1 + n_keys * (last_leaf - first_leaf) // n_members), np.int64)
     choose(hopes, best)
-    return leaves[best][np.argsort(-hopes[best])]
+    return leaves[best]
 
 
 @jit()

@@ -1,0 +1,128 @@
+"""Every key, every time, but through a sixth of its bytes or less: 4-bit codes, then exact scores of the best.
+
+Nothing is trained, and a key's code is made when the key arrives, from that key alone. Codes are scanned about as fast
+as memory can be read. There is no second level of codes between these and the keys: after 4 bits a few hundred keys
+remain, and scoring them exactly takes about a sixth of the time.
+"""
+
+import threading
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retrieval_attn.host import Array
+from retrieval_attn.index import storage
+from retrieval_attn.index.exact import scan
+from retrieval_attn.index.keys import Keys
+from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
+from retrieval_attn.index.scan_codes import Codes, extend
+from retrieval_attn.index.scan_map import Map, fit
+from retrieval_attn.index.scan_search import search_codes
+
+# To rescore this share of the keys takes as long as to score all of them in one go.
+EXACT_SHARE = 1 / 2
+
+
+class State(NamedTuple):
+    """Replaced as a whole, never changed: a search that holds an old one stays valid."""
+
+    keys: Keys
+    codes: Codes
+
+
+class ScanIndex:
+    """4-bit codes of all keys. Effort is the number of keys per query that are scored exactly."""
+
+    kind = "scan"
+
+    def __init__(self, keys: Keys, codes: Codes, coordinates: Map) -> None:
+        self._state = State(keys, codes)
+        self._map = coordinates
+        self._lock = threading.Lock()
+
+    @classmethod
+    def build(cls, keys: Keys, queries: Array | None, seed: int, steps: Steps, dims: int | None = None) -> "ScanIndex":
+        """Choose the coordinates that tell most about the scores of `queries`, and encode the keys.
+
+        dims: numbers of 4 bits per key, at most D; None: as many as hold 95 % of what makes scores differ (see
+            `scan_map.py`). Without `queries` all directions count alike, and it usually takes more of them.
+        """
+        if dims is not None and dims < 1:
+            raise ValueError(f"dims must be at least 1, got {dims}")
+        n_heads, n_keys, _ = keys.shape
+        steps.reached(0.0)
+        coordinates = fit(keys, queries, seed, dims)
+        codes = Codes.empty(n_heads, coordinates.keys.shape[1], n_keys)
+        for head in range(n_heads):
+            steps.reached((head + 1) / (n_heads + 1))
+            extend(codes, keys, coordinates, head)
+        steps.reached(1.0)
+        return cls(keys, codes._replace(n_keys=n_keys), coordinates)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._state.keys.shape
+
+    @property
+    def n_keys(self) -> int:
+        return self.shape[1]
+
+    @property
+    def lift(self) -> Lift | None:
+        return self._state.keys.lift
+
+    @property
+    def nbytes(self) -> int:
+        return self._state.codes.nbytes + sum(x.nbytes for x in self._map)
+
+    def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
+        """See `Index.search`; effort: keys per query that are scored exactly, at least k; `seeds` change nothing."""
+        keys, codes = self._state
+        batch = check_search(q, k, keys)
+        n_keys = keys.shape[1]
+        n_wanted = max(check_effort(effort, default_effort(k)), k)
+        if n_wanted >= EXACT_SHARE * n_keys:
+            ids, scores = scan(keys, batch.queries, k, 0, n_keys)
+        else:
+            ids, scores = search_codes(keys, codes, self._map.queries, batch.queries, k, n_wanted)
+        return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
+
+    def append(self, new_keys: Any, *, keys: Any = None) -> None:
+        """See `Index.append`. The coordinates stay as built: if later keys vary, or later queries look, elsewhere,
+        estimates grow coarser and it takes more effort to find as much."""
+        with self._lock:
+            old = self._state
+            grown = old.keys.grown(new_keys, keys)
+            codes = old.codes.roomy(grown.shape[1])
+            for head in range(grown.shape[0]):
+                extend(codes, grown, self._map, head)
+            self._state = State(grown, codes._replace(n_keys=grown.shape[1]))
+
+    def truncate(self, n_keys: int) -> None:
+        """See `Index.truncate`."""
+        with self._lock:
+            check_truncate(n_keys, self.n_keys)
+            keys, codes = self._state
+            self._state = State(keys.first(n_keys), codes.first(n_keys))
+
+    def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
+        """See `Index.save`."""
+        keys, codes = self._state
+        blocks, factors = codes.trimmed()
+        arrays = {"blocks": blocks, "factors": factors}
+        arrays |= {f"map.{name}": array for name, array in self._map._asdict().items()}
+        storage.write(path, self.kind, {}, arrays, keys, with_keys)
+
+    @classmethod
+    def restore(cls, saved: storage.Saved) -> "ScanIndex":
+        arrays = saved.arrays
+        coordinates = Map(*(arrays[f"map.{name}"] for name in Map._fields))
+        codes = Codes(arrays["blocks"], arrays["factors"], saved.keys.shape[1], True)
+        return cls(saved.keys, codes, coordinates)
+
+
+def default_effort(k: int) -> int:
+    """Keys scored exactly for k found."""
+    return 4 * k + 56
