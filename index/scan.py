@@ -1,6 +1,7 @@
 """Every key, every time, but through a sixth of its bytes or less: 4-bit codes, then exact scores of the best.
 
-Nothing is trained, and a key's code is made when the key arrives, from that key alone. Codes are scanned about as fast
+A key's code is made when the key arrives, from that key alone, in coordinates chosen from the first keys; once there
+are half as many again, the coordinates are chosen anew, and all keys encoded again. Codes are scanned about as fast
 as memory can be read. There is no second level of codes between these and the keys: after 4 bits a few hundred keys
 remain, and scoring them exactly takes about a sixth of the time.
 """
@@ -24,12 +25,29 @@ from retrieval_attn.index.scan_search import search_codes
 # To rescore this share of the keys takes as long as to score all of them in one go.
 EXACT_SHARE = 1 / 2
 
+# Coordinates are chosen anew once there are so many times the keys that they were chosen from: later keys vary in
+# directions that the first ones did not, and recall decays (0.74 against 0.97 after three times as many).
+REFIT = 1.5
+
+# Queries per KV head that are kept for it, evenly spread.
+N_KEPT = 256
+
+
+class Recipe(NamedTuple):
+    """How coordinates are chosen. queries: (G, n, D) or None; dims as in `build`."""
+
+    queries: Array | None
+    seed: int
+    dims: int | None
+
 
 class State(NamedTuple):
-    """Replaced as a whole, never changed: a search that holds an old one stays valid."""
+    """Replaced as a whole, never changed: a search that holds an old one stays valid. n_fitted: the keys of `map`."""
 
     keys: Keys
     codes: Codes
+    map: Map
+    n_fitted: int
 
 
 class ScanIndex:
@@ -37,9 +55,9 @@ class ScanIndex:
 
     kind = "scan"
 
-    def __init__(self, keys: Keys, codes: Codes, coordinates: Map) -> None:
-        self._state = State(keys, codes)
-        self._map = coordinates
+    def __init__(self, state: State, recipe: Recipe) -> None:
+        self._state = state
+        self._recipe = recipe
         self._lock = threading.Lock()
 
     @classmethod
@@ -51,15 +69,8 @@ class ScanIndex:
         """
         if dims is not None and dims < 1:
             raise ValueError(f"dims must be at least 1, got {dims}")
-        n_heads, n_keys, _ = keys.shape
-        steps.reached(0.0)
-        coordinates = fit(keys, queries, seed, dims)
-        codes = Codes.empty(n_heads, coordinates.keys.shape[1], n_keys)
-        for head in range(n_heads):
-            steps.reached((head + 1) / (n_heads + 1))
-            extend(codes, keys, coordinates, head)
-        steps.reached(1.0)
-        return cls(keys, codes._replace(n_keys=n_keys), coordinates)
+        state = encoded(keys, Recipe(queries, seed, dims), steps)
+        return cls(state, Recipe(None if queries is None else thinned(queries, keys.shape[0]), seed, dims))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,52 +86,80 @@ class ScanIndex:
 
     @property
     def nbytes(self) -> int:
-        return self._state.codes.nbytes + sum(x.nbytes for x in self._map)
+        asked = 0 if self._recipe.queries is None else self._recipe.queries.nbytes
+        return self._state.codes.nbytes + sum(x.nbytes for x in self._state.map) + asked
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: keys per query that are scored exactly, at least k; `seeds` change nothing."""
-        keys, codes = self._state
+        keys, codes, coordinates, _ = self._state
         batch = check_search(q, k, keys)
         n_keys = keys.shape[1]
         n_wanted = max(check_effort(effort, default_effort(k)), k)
         if n_wanted >= EXACT_SHARE * n_keys:
             ids, scores = scan(keys, batch.queries, k, 0, n_keys)
         else:
-            ids, scores = search_codes(keys, codes, self._map.queries, batch.queries, k, n_wanted)
+            ids, scores = search_codes(keys, codes, coordinates.queries, batch.queries, k, n_wanted)
         return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
 
     def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`. The coordinates stay as built: if later keys vary, or later queries look, elsewhere,
-        estimates grow coarser and it takes more effort to find as much."""
+        """See `Index.append`. When there are half as many keys again, all are encoded anew, in this call."""
         with self._lock:
             old = self._state
             grown = old.keys.grown(new_keys, keys)
-            codes = old.codes.roomy(grown.shape[1])
+            n_keys = grown.shape[1]
+            if n_keys >= REFIT * old.n_fitted:
+                self._state = encoded(grown, self._recipe, Steps())
+                return
+            codes = old.codes.roomy(n_keys)
             for head in range(grown.shape[0]):
-                extend(codes, grown, self._map, head)
-            self._state = State(grown, codes._replace(n_keys=grown.shape[1]))
+                extend(codes, grown, old.map, head)
+            self._state = old._replace(keys=grown, codes=codes._replace(n_keys=n_keys))
 
     def truncate(self, n_keys: int) -> None:
         """See `Index.truncate`."""
         with self._lock:
             check_truncate(n_keys, self.n_keys)
-            keys, codes = self._state
-            self._state = State(keys.first(n_keys), codes.first(n_keys))
+            old = self._state
+            self._state = old._replace(keys=old.keys.first(n_keys), codes=old.codes.first(n_keys))
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
-        keys, codes = self._state
+        keys, codes, coordinates, n_fitted = self._state
         blocks, factors = codes.trimmed()
         arrays = {"blocks": blocks, "factors": factors}
-        arrays |= {f"map.{name}": array for name, array in self._map._asdict().items()}
-        storage.write(path, self.kind, {}, arrays, keys, with_keys)
+        arrays |= {f"map.{name}": array for name, array in coordinates._asdict().items()}
+        asked, seed, dims = self._recipe
+        if asked is not None:
+            arrays["queries"] = asked
+        storage.write(path, self.kind, {"seed": seed, "dims": dims, "n_fitted": n_fitted}, arrays, keys, with_keys)
 
     @classmethod
     def restore(cls, saved: storage.Saved) -> "ScanIndex":
-        arrays = saved.arrays
+        arrays, settings = saved.arrays, saved.settings
         coordinates = Map(*(arrays[f"map.{name}"] for name in Map._fields))
         codes = Codes(arrays["blocks"], arrays["factors"], saved.keys.shape[1], True)
-        return cls(saved.keys, codes, coordinates)
+        recipe = Recipe(arrays.get("queries"), settings["seed"], settings["dims"])
+        return cls(State(saved.keys, codes, coordinates, settings["n_fitted"]), recipe)
+
+
+def encoded(keys: Keys, recipe: Recipe, steps: Steps) -> State:
+    """All keys in coordinates chosen from them."""
+    n_heads, n_keys, _ = keys.shape
+    steps.reached(0.0)
+    coordinates = fit(keys, *recipe)
+    codes = Codes.empty(n_heads, coordinates.keys.shape[1], n_keys)
+    for head in range(n_heads):
+        steps.reached((head + 1) / (n_heads + 1))
+        extend(codes, keys, coordinates, head)
+    steps.reached(1.0)
+    return State(keys, codes._replace(n_keys=n_keys), coordinates, n_keys)
+
+
+def thinned(queries: Array, n_heads: int) -> Array:
+    """At most N_KEPT of the queries (H, T, D) of each KV head, evenly spread: (G, n, D)."""
+    rows = queries.reshape(n_heads, -1, queries.shape[2])
+    chosen = np.linspace(0, rows.shape[1] - 1, min(rows.shape[1], N_KEPT)).astype(np.int64)
+    return np.ascontiguousarray(rows[:, chosen])
 
 
 def default_effort(k: int) -> int:

@@ -16,13 +16,9 @@ DIM, RANK, N_WORDS = 64, 16, 1500
 K = 50
 
 # How much less an index may find that grew to three times its size than one built on all keys, with queries from all
-# of the text. graph links new keys without having seen their queries: 0.02 to 0.05 less over several seeds.
-MARGIN = {"graph": 0.1, "ivf": 0.05}
-
-# Known to find less and less when the text changes; found, of 0.99 to 1.00 that a new build finds, over two seeds.
-DECAYS = {
-    "scan": "keeps the coordinates chosen from the first keys: 0.80 to 0.90",
-}
+# of the text. graph links new keys without having seen their queries: 0.02 to 0.05 less over several seeds; ivf and scan
+# follow the text only when there are half as many keys again.
+MARGIN = {"graph": 0.1, "ivf": 0.05, "scan": 0.02}
 
 
 class Story(NamedTuple):
@@ -88,13 +84,7 @@ def test_the_story_drifts(story):
     assert apart > 0.3 * np.linalg.norm(early - early.mean(axis=0), axis=1).mean()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.xfail(reason=DECAYS[kind], strict=True)) if kind in DECAYS else kind
-        for kind in INDEX_KINDS
-    ],
-)
+@every_kind
 @pytest.mark.parametrize("in_place", [True, False])
 def test_recall_does_not_decay(kind, in_place, story):
     keys = story.keys

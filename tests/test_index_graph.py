@@ -71,17 +71,17 @@ def test_more_effort_finds_more(scene, index, truth):
     assert visited[0] < 0.1 * index.n_keys
 
 
-def test_links_find_what_leaves_miss(scene, keys, index, truth):
+def test_links_find_what_leaves_miss(scene, keys, truth):
     """A search that only reads leaves misses more, and links that lead anywhere do not help."""
+    index = build_index("graph", keys, scene.queries, leaf=8)
     state = index._state
-    missed = lambda: 1 - recall(index.search(scene.later, k=25, effort=30).ids, truth.ids[..., :25])  # noqa: E731
+    missed = lambda: 1 - recall(index.search(scene.later, k=25, effort=25).ids, truth.ids[..., :25])  # noqa: E731
     with_both = missed()
     index._state = state._replace(links=np.full_like(state.links, -1))
     without_links = missed()
     rng = np.random.default_rng(0)
     index._state = state._replace(links=rng.integers(0, 8192, state.links.shape).astype(np.int32))
     random_links = missed()
-    index._state = state
     assert with_both < 0.6 * without_links
     assert with_both < 0.6 * random_links
 
@@ -90,9 +90,9 @@ def test_queries_of_every_head_shape_the_graph(scene, keys, truth):
     """Built for one head of each group only, the other head's recall falls: so all heads' queries are used."""
     one_sided = scene.queries.copy()
     one_sided[1], one_sided[3] = one_sided[0], one_sided[2]
-    later, wanted = scene.later[[1, 3]].repeat(2, axis=0), truth.ids[[1, 3]].repeat(2, axis=0)[..., :25]
-    found = build_index("graph", keys, one_sided).search(later, k=25, effort=30)
-    both = build_index("graph", keys, scene.queries).search(later, k=25, effort=30)
+    later, wanted = scene.later[[1, 3]].repeat(2, axis=0), truth.ids[[1, 3]].repeat(2, axis=0)[..., :8]
+    found = build_index("graph", keys, one_sided).search(later, k=8, effort=8)
+    both = build_index("graph", keys, scene.queries).search(later, k=8, effort=8)
     assert recall(both.ids, wanted) > recall(found.ids, wanted)
 
 
@@ -230,11 +230,11 @@ def test_wrong_options_are_named(keys, option, value):
 
 
 def test_seeds_are_searched(scene, index, truth):
-    q = scene.later[:, 0]
-    without = index.search(q, k=25, effort=25)
-    seeded = index.search(q, k=25, effort=25, seeds=truth.ids[:, 0, :25])
-    assert recall(seeded.ids, truth.ids[:, 0, :25]) == 1.0
-    assert recall(without.ids, truth.ids[:, 0, :25]) < 1.0
+    wanted = truth.ids[..., :10]
+    without = index.search(scene.later, k=10, effort=10)
+    seeded = index.search(scene.later, k=10, effort=10, seeds=wanted)
+    assert recall(seeded.ids, wanted) == 1.0
+    assert recall(without.ids, wanted) < 0.99
     padded = np.full((4, 32, 5), -1)
     padded[..., 0] = 10**6
     np.testing.assert_array_equal(
@@ -308,5 +308,5 @@ def test_a_linked_tail_survives_saving(scene, keys, tmp_path):
 
 
 def test_bytes_are_told(index):
-    assert index.nbytes >= 2 * 8192 * 16 * 4
+    assert index.nbytes >= 2 * 8192 * 12 * 4
     assert index.nbytes < 2 * 8192 * 128

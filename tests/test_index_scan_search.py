@@ -56,8 +56,8 @@ def planted(good, n_keys=20_000):
 
 def candidates(index, q, n_wanted):
     """The entries found for each query of up to four."""
-    keys, codes = index._state
-    entries, counts = find_candidates(keys, codes, index._map.queries, q[None], 0, len(q), 100, n_wanted)
+    keys, codes, *_ = index._state
+    entries, counts = find_candidates(keys, codes, index._state.map.queries, q[None], 0, len(q), 100, n_wanted)
     chunks = range(entries.shape[2])
     return [np.concatenate([entries[0, 0, i, row, : counts[0, 0, i, row]] for i in chunks]) for row in range(len(q))]
 
@@ -87,7 +87,7 @@ def test_estimates_are_inner_products_of_what_the_codes_stand_for():
     scene = attention_like(n_keys=3000)
     index = build_index("scan", scene.keys, scene.queries)
     for row, found in enumerate(candidates(index, scene.later[:2, 0], 3000)):
-        q = index._map.queries[0] @ scene.later[row, 0]
+        q = index._state.map.queries[0] @ scene.later[row, 0]
         true = decoded(index._state.codes, 0) @ q
         unit = np.abs(q).max() / 127
         estimates = unit * np.array([score_at(order_of(entry)) for entry in found])
