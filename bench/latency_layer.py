@@ -144,9 +144,12 @@ class Retrieving:
         (G, D, _, dtype, *_), n_far = memory.shape, memory.split.n_far
         H, top_k = self._layers[0].queries.shape[1], memory.config.top_k
         row = D * dtype.itemsize
-        searched = G * n_far if self.name == "exact" else H * visited * n_far
+        index = memory.index_if_built
+        # A scan reads its codes, not the keys that it looks at through them.
+        coded = index.nbytes if index is not None and index.kind == "scan" else 0
+        searched = G * n_far if self.name == "exact" else 0 if coded else H * visited * n_far
         near = 2 * G * (memory.length - n_far)
-        return row * (near + searched + 2 * min(H * top_k, G * n_far))
+        return coded + row * (near + searched + 2 * min(H * top_k, G * n_far))
 
 
 class Rival:

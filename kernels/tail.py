@@ -30,6 +30,10 @@ SAMPLED_PAGES = 64
 LEAST_SPREAD = 1e-3
 
 LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
+SQRT_HALF = math.sqrt(0.5)
+
+# A page whose mass is below exp(-25) of the largest adds nothing that float32 can hold.
+NEGLIGIBLE = -25.0
 
 
 class TailSummary:
@@ -46,7 +50,7 @@ class TailSummary:
         self._length = 0
         self._means = torch.empty((G, 0, D + values.shape[2]))
         self.append(keys, values)
-        self._key_spread, self._value_spread = self._covariances(keys, values)
+        self._spread = self._covariance(keys, values)
 
     @property
     def length(self) -> int:
@@ -55,7 +59,7 @@ class TailSummary:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self._means, self._key_spread, self._value_spread))
+        return self._means.nbytes + self._spread.nbytes
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add n tokens: keys (G, n, D), values (G, n, Dv)."""
@@ -83,8 +87,7 @@ class TailSummary:
         """Everything, as tensors, for `restore`."""
         return {
             "tail_means": self._means[:, : -(-self._length // self.page)],
-            "tail_key_spread": self._key_spread,
-            "tail_value_spread": self._value_spread,
+            "tail_spread": self._spread,
             "tail_counts": torch.tensor([self.page, self._length]),
         }
 
@@ -94,7 +97,7 @@ class TailSummary:
         summary = object.__new__(cls)
         summary.page, summary._length = state["tail_counts"].tolist()
         summary._means = state["tail_means"].clone()
-        summary._key_spread, summary._value_spread = state["tail_key_spread"], state["tail_value_spread"]
+        summary._spread = state["tail_spread"]
         return summary
 
     def attend_rest(self, query: Tensor, threshold: Tensor, n_found: Tensor, scale: float) -> AttentionState:
@@ -103,21 +106,16 @@ class TailSummary:
         query: (1, H, T, D). threshold, n_found: (H, T), the worst scaled score found and how many keys were; +inf and
         0 where nothing was. Returns out (1, H, T, Dv) float32 and lse (1, H, T); empty where all keys were found.
         """
-        means = self._means[:, : -(-self._length // self.page)]
-        G, n_pages, _ = means.shape
         H, T, D = query.shape[1:]
-        q = query[0].float().reshape(G, -1, D) * scale  # [G, R * T, D]
-        weights = q @ means[..., :D].mT  # [G, R * T, pages]
-        spread = ((q @ self._key_spread) * q).sum(-1).clamp_min(LEAST_SPREAD**2).sqrt()
-        sizes = np.full(n_pages, self.page, np.float64)
-        sizes[-1] = self._length - (n_pages - 1) * self.page
-        shift, lse = torch.empty(H * T), torch.empty(H * T)
-        n_rest = self._length - n_found.reshape(-1)
-        _weigh_pages(
-            *(x.numpy() for x in (weights.view(H * T, n_pages), spread.reshape(-1), threshold.reshape(-1), n_rest)),
-            sizes, shift.numpy(), lse.numpy(),
-        )  # fmt: skip
-        out = weights @ means[..., D:] + shift.view(G, -1, 1) * (q @ self._value_spread)
+        q = (query[0].float() * scale).reshape(len(self._means), -1, D)  # [G, R * T, D]
+        sizes = np.full(-(-self._length // self.page), self.page, np.float64)
+        sizes[-1] = self._length - (len(sizes) - 1) * self.page
+        limits = threshold.reshape(q.shape[:2])
+        n_rest = self._length - n_found.reshape(q.shape[:2])
+        out = torch.empty((*q.shape[:2], self._means.shape[2] - D))
+        lse = torch.empty(q.shape[:2])
+        given = (x.numpy() for x in (self._means, self._spread, q, limits, n_rest))
+        _attend_rest(*given, sizes, lse.numpy(), out.numpy())
         return AttentionState(out.reshape(1, H, T, -1), lse.reshape(1, H, T))
 
     def _reserve(self, n_pages: int) -> None:
@@ -127,8 +125,8 @@ class TailSummary:
             roomy[:, : self._means.shape[1]] = self._means
             self._means = roomy
 
-    def _covariances(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Covariance of keys with keys (G, D, D), and with values (G, D, Dv), within pages."""
+    def _covariance(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Covariance of keys with keys and with values, within pages: (G, D, D + Dv)."""
         G, _, D = keys.shape
         n_pages = -(-self._length // self.page)
         chosen = torch.linspace(0, n_pages - 1, min(n_pages, max(1, SAMPLED_PAGES * PAGE // self.page))).long().tolist()
@@ -139,54 +137,86 @@ class TailSummary:
             both -= self._means[:, place : place + 1]
             total += both[..., :D].mT @ both
             n += both.shape[1]
-        total /= n
-        return total[..., :D].contiguous(), total[..., D:].contiguous()
+        return total / n
 
 
 @jit(parallel=True)
-def _weigh_pages(
-    scores: Array, spreads: Array, limits: Array, n_rest: Array, sizes: Array, shift: Array, lse: Array
+def _attend_rest(
+    means: Array, spread: Array, queries: Array, limits: Array, n_rest: Array, sizes: Array, lse: Array, out: Array
 ) -> None:
-    """For each query, what the part of each page below its limit weighs.
+    """means: (G, n, D + Dv), n >= the pages in `sizes`; spread: (G, D, D + Dv); queries: (G, N, D), scaled; limits,
+    n_rest: (G, N), where the scores of each query are cut, and how many keys are below. Writes lse (G, N) and out
+    (G, N, Dv)."""
+    n_heads, n_queries, dim = queries.shape
+    for task in numba.prange(n_heads * n_queries):
+        g, i = task // n_queries, task % n_queries
+        query, total = queries[g, i], out[g, i]
+        total[:] = 0
+        lse[g, i] = -np.inf
+        if n_rest[g, i] > 0:
+            # How keys, and with them values, go with the query's score.
+            along = np.zeros(spread.shape[2], np.float32)
+            for d in range(dim):
+                _add(query[d], spread[g, d], along)
+            deviation = math.sqrt(max(_dot(along, query), LEAST_SPREAD**2))
+            weights = np.empty(len(sizes), np.float32)
+            for p in range(len(sizes)):
+                weights[p] = _dot(means[g, p], query)
+            shift, lse[g, i] = _weigh(weights, deviation, float(limits[g, i]), n_rest[g, i], sizes)
+            for p in range(len(sizes)):
+                if weights[p] > 0:
+                    _add(weights[p], means[g, p, dim:], total)
+            _add(shift, along[dim:], total)
 
-    scores: (N, pages), the mean scores of the pages; become the pages' shares of the mass, in place. spreads, limits:
-    (N,) standard deviation of the scores, and where they are cut. n_rest: (N,) keys below the limit, in truth.
-    Writes lse (N,), and shift (N,), how far the mean score of what is below lies from that of its page, over the
-    variance.
-    """
-    for i in numba.prange(len(scores)):
-        if n_rest[i] <= 0:
-            scores[i] = 0
-            shift[i], lse[i] = 0, -np.inf
-        else:
-            shift[i], lse[i] = _weigh(scores[i], float(spreads[i]), float(limits[i]), n_rest[i], sizes)
+
+@jit()
+def _dot(a: Array, b: Array) -> float:
+    """Over as many elements as both have."""
+    total = np.float32(0)
+    for d in range(min(len(a), len(b))):
+        total += a[d] * b[d]
+    return total
+
+
+@jit()
+def _add(weight: float, row: Array, total: Array) -> None:
+    w = np.float32(weight)
+    for d in range(len(total)):
+        total[d] += w * row[d]
 
 
 @jit()
 def _weigh(scores: Array, spread: float, limit: float, n_rest: int, sizes: Array) -> tuple[float, float]:
+    """Turn the mean scores of pages into their shares of the mass below the limit, in place.
+
+    Returns how far the mean score of what is below lies from that of its page, over the variance, and the lse.
+    """
     n = len(scores)
-    masses, below, counts = np.empty(n), np.empty(n), np.empty(n)
+    masses = np.empty(n)
+    top = -np.inf
     for p in range(n):
         # exp(score) tilts a normal distribution by its variance; the cut then falls at `room` deviations.
         room = (limit - scores[p]) / spread - spread
-        below[p] = log_ndtr(room)
-        masses[p] = math.log(sizes[p]) + scores[p] + 0.5 * spread * spread + below[p]
-        counts[p] = math.log(sizes[p]) + log_ndtr(room + spread)
-    top, most = masses.max(), counts.max()
+        masses[p] = math.log(sizes[p]) + scores[p] + 0.5 * spread * spread
+        # Where next to nothing is cut off, that is all.
+        if room < 6.0:
+            masses[p] += log_ndtr(room)
+        top = max(top, masses[p])
     total, expected, shift = 0.0, 0.0, 0.0
     for p in range(n):
-        weight = math.exp(masses[p] - top)
         room = (limit - scores[p]) / spread - spread
-        # The mean of a normal that is cut at `room` deviations lies density / below deviations lower.
-        cut = math.exp(-0.5 * room * room - LOG_SQRT_2_PI - below[p]) if room < 1e4 else 0.0
-        shift += weight * (1.0 - cut / spread)
+        expected += sizes[p] * 0.5 * math.erfc(-(room + spread) * SQRT_HALF)
+        weight = math.exp(masses[p] - top) if masses[p] - top > NEGLIGIBLE else 0.0
+        if weight > 0.0:
+            # The mean of a normal that is cut at `room` deviations lies density / below deviations lower.
+            below = masses[p] - math.log(sizes[p]) - scores[p] - 0.5 * spread * spread
+            shift += weight * (1.0 - math.exp(-0.5 * room * room - LOG_SQRT_2_PI - below) / spread)
         total += weight
-        expected += math.exp(counts[p] - most)
         masses[p] = weight
     for p in range(n):
         scores[p] = masses[p] / total
-    # How many keys are below the limit is known; what the normal makes of it corrects the mass.
-    correction = math.log(n_rest) - (most + math.log(expected))
+    # How many keys are below the limit is known; what the normal makes of it corrects the mass, if it makes anything.
+    correction = math.log(n_rest / expected) if expected > 0 else 0.0
     return shift / total, top + math.log(total) + correction
 
 
@@ -194,6 +224,6 @@ def _weigh(scores: Array, spread: float, limit: float, n_rest: int, sizes: Array
 def log_ndtr(x: float) -> float:
     """Logarithm of the share of a standard normal distribution below x."""
     if x > -6.0:
-        return math.log(0.5 * math.erfc(-x * 0.7071067811865476))
+        return math.log(0.5 * math.erfc(-x * SQRT_HALF))
     square = 1.0 / (x * x)
     return -0.5 * x * x - LOG_SQRT_2_PI - math.log(-x) + math.log1p(-square * (1.0 - 3.0 * square))

@@ -23,20 +23,13 @@ ROUNDING = 1e-5
 class FarState(NamedTuple):
     """Attention over the far keys of one layer.
 
-    found: over the keys that were read. rest: estimated, over the others; None where the estimator has no such part.
-    n_used: (H, T) keys that each query head asked for and used. recovered: (H, T), of the far mass that `found` and
-    `rest` make out, the share that was read; for "lift" by its own weights.
+    state: over all of them, by estimate. n_used: (H, T) keys that each query head asked for and used. recovered:
+    (H, T), of the mass in `state`, the share of the keys that were read; for "lift" by the sample's own weights.
     """
 
-    found: AttentionState
-    rest: AttentionState | None
+    state: AttentionState
     n_used: Array
     recovered: Tensor
-
-    @property
-    def state(self) -> AttentionState:
-        """Both parts merged."""
-        return self.found if self.rest is None else merge(self.found, self.rest)
 
 
 def estimate(
@@ -64,12 +57,12 @@ def estimate(
     n_found = np.sum(hits.ids >= 0, axis=-1)
     if estimator == "topk":
         found = attend_far(query, keys, values, hits.ids, scale, share_group=share_group)
-        return FarState(found, None, n_found, torch.ones(n_found.shape))
+        return FarState(found, n_found, torch.ones(n_found.shape))
     assert tail is not None
     threshold = worst_scores(hits, scale, n_found)
     found = attend_far(query, keys, values, hits.ids, scale, share_group=share_group, threshold=threshold)
     rest = tail.attend_rest(query, torch.from_numpy(threshold), torch.from_numpy(n_found), scale)
-    return FarState(found, rest, n_found, torch.sigmoid(found.lse - rest.lse)[0])
+    return FarState(merge(found, rest), n_found, torch.sigmoid(found.lse - rest.lse)[0])
 
 
 def worst_scores(hits: SearchResult, scale: float, n_found: Array) -> Array:
@@ -94,7 +87,7 @@ def _sampled(query: Tensor, keys: Tensor, values: Tensor, hits: SearchResult, sc
     group = np.arange(ids.shape[0])[:, None, None] // R
     scores = np.where(ids >= 0, (hits.scores[..., : ids.shape[-1]] - bonus[group, ids]) * scale, -np.inf)
     read = torch.from_numpy(np.logaddexp.reduce(scores, axis=-1))
-    return FarState(found, None, np.sum(ids >= 0, axis=-1), torch.exp(read - found.lse[0]).clamp_max(1))
+    return FarState(found, np.sum(ids >= 0, axis=-1), torch.exp(read - found.lse[0]).clamp_max(1))
 
 
 def within_mass(
