@@ -64,6 +64,10 @@ def stats_line(stats: "generate.GenerationStats") -> str:
     parts.append(f"prompt {count(stats.prompt_tokens)} ({count(stats.reused_tokens)} cached)")
     if stats.visited_fraction:
         parts.append(f"keys read {100 * stats.visited_fraction:.1f} %")
+    if stats.recovered_mass is not None and stats.recovered_mass < 1:
+        parts.append(f"attention found {100 * stats.recovered_mass:.1f} %")
+    if stats.verified_error is not None:
+        parts.append(f"verified error {100 * stats.verified_error:.1f} %")
     parts.append(f"near {size(stats.device_kv_bytes)}")
     parts.append(f"host {size(stats.host_kv_bytes + stats.index_bytes)}")
     if stats.stop_reason in _ENDINGS:

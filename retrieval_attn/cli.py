@@ -25,7 +25,7 @@ from retrieval_attn.chat import (
     show_answer,
     stats_line,
 )
-from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
 
 if TYPE_CHECKING:
     from retrieval_attn.llm import LLM
@@ -73,7 +73,10 @@ Model = Annotated[str | None, _option("Folder or hub id (default: the embedded m
 Device = Annotated[str, _option("auto, cpu, cuda, cuda:1 ...", "--device", panel=MODEL)]
 Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16", "--dtype", panel=MODEL)]
 Weights = Annotated[str, _option("auto, bf16, int8 or int4", "--weights", panel=MODEL)]
-Index = Annotated[str | None, _option("graph, exact or ivf (default: graph)", "--index", panel=RETRIEVAL)]
+Index = Annotated[str | None, _option(f"{', '.join(INDEX_KINDS)} (default: graph)", "--index", panel=RETRIEVAL)]
+Estimator = Annotated[str | None, _option("tail, lift or topk (default: tail)", "--estimator", panel=RETRIEVAL)]
+Mass = Annotated[float | None, _option("Attention to recover, as 0.98 (default: fixed)", "--mass", panel=RETRIEVAL)]
+VerifyEvery = Annotated[int | None, _option("Check each so many steps exactly", "--verify-every", panel=RETRIEVAL)]
 TopK = Annotated[int | None, _option("Keys retrieved per head (default: 100)", "--top-k", panel=RETRIEVAL)]
 NSink = Annotated[int | None, _option("First tokens kept near (default: 128)", "--n-sink", panel=RETRIEVAL)]
 NLocal = Annotated[int | None, _option("Last tokens kept near (default: 512)", "--n-local", panel=RETRIEVAL)]
@@ -115,6 +118,9 @@ def chat(
     stats: Stats = True,
     index: Index = None,
     top_k: TopK = None,
+    estimator: Estimator = None,
+    mass: Mass = None,
+    verify_every: VerifyEvery = None,
     n_sink: NSink = None,
     n_local: NLocal = None,
     threads: Threads = None,
@@ -130,7 +136,10 @@ def chat(
 
     Piped input is taken line by line, each line a turn; the exit status is 1 if one of them failed.
     """
-    config = _config(index=index, top_k=top_k, n_sink=n_sink, n_local=n_local, threads=threads, seed=seed)
+    config = _config(
+        index=index, top_k=top_k, estimator=estimator, mass=mass, verify_every=verify_every, n_sink=n_sink,
+        n_local=n_local, threads=threads, seed=seed,
+    )  # fmt: skip
     texts = _texts(file)
     folder = session_folder(session) if session is not None else None
     notes = Console(stderr=True) if prompt is not None else Console()
@@ -183,6 +192,9 @@ def generate(
     stats: Stats = True,
     index: Index = None,
     top_k: TopK = None,
+    estimator: Estimator = None,
+    mass: Mass = None,
+    verify_every: VerifyEvery = None,
     n_sink: NSink = None,
     n_local: NLocal = None,
     threads: Threads = None,
@@ -195,7 +207,10 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Answer one prompt. Only the answer goes to standard output."""
-    config = _config(index=index, top_k=top_k, n_sink=n_sink, n_local=n_local, threads=threads, seed=seed)
+    config = _config(
+        index=index, top_k=top_k, estimator=estimator, mass=mass, verify_every=verify_every, n_sink=n_sink,
+        n_local=n_local, threads=threads, seed=seed,
+    )  # fmt: skip
     text = _prompt(prompt, _texts(file))
     notes = Console(stderr=True)
     llm = _load(notes, model, config, device=device, dtype=dtype, weights=weights)
