@@ -123,11 +123,11 @@ class GraphIndex:
         return int(links.nbytes + sum(x.nbytes for x in cells) + sum(x.nbytes for m in self._metrics for x in m))
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
-        """See `Index.search`; effort: width of the beam, at least k, by default 1.25 k and no less than 128."""
+        """See `Index.search`; effort: width of the beam, at least k, by default 1.2 k and no less than 120."""
         state = self._state
         keys, _, _, n_linked = state
         batch = check_search(q, k, keys)
-        effort = max(check_effort(effort, max(5 * k // 4, 128)), k)
+        effort = max(check_effort(effort, max(6 * k // 5, 120)), k)
         n_keys = keys.shape[1]
         # A search that would read all linked keys anyway; so also when all keys are asked for.
         if effort * N_FIRST >= n_linked:

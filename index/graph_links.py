@@ -13,7 +13,7 @@ import numpy as np
 from retrieval_attn.host import Array, jit
 from retrieval_attn.index.graph_cells import Cells
 from retrieval_attn.index.graph_metric import Metric
-from retrieval_attn.index.graph_search import pack, unpack_id
+from retrieval_attn.index.graph_search import dot_row, pack, unpack_id
 from retrieval_attn.index.page_choose import choose
 from retrieval_attn.index.protocol import Steps
 
@@ -56,26 +56,40 @@ def link_cells(
 def pools(tree: Cells, first_cell: int, metric: Metric) -> Iterator[Array]:
     """For each cell from first_cell on, the ids of the keys among which its keys find their candidates."""
     sizes = np.diff(tree.first_members)
-    centroids = metric.points(tree.centroids)
-    lengths = np.einsum("nd,nd->n", centroids, centroids) + tree.spreads**2
-    n_near = min(N_NEAR, len(centroids))
-    for cell in range(first_cell, len(centroids)):
-        rank = centroids @ (2 * centroids[cell]) - SHYNESS * lengths
-        rank[cell] = np.inf
-        near = np.argpartition(-rank, n_near - 1)[:n_near]
-        n_leaves = tree.first_leaves[near + 1] - tree.first_leaves[near]
-        leaves = ranges(tree.first_leaves[near], n_leaves)
-        means = tree.codes[leaves] * tree.units[leaves, None] + np.repeat(tree.centroids[near], n_leaves, axis=0)
-        best = best_leaves(metric.points(means), tree.leaf_spreads[leaves], centroids[cell], sizes[leaves])
-        leaves = leaves[best]
-        yield tree.members[ranges(tree.first_members[leaves], sizes[leaves])]
+    share = min(1.0, N_COMPARED / len(tree.members))
+    cell_lengths = squared_lengths(metric.points(tree.centroids), tree.spreads)
+    leaf_lengths = np.empty(len(sizes), np.float32)
+    owners = np.repeat(np.arange(len(tree.centroids)), np.diff(tree.first_leaves))
+    for first in range(0, len(sizes), 2**15):
+        some = slice(first, first + 2**15)
+        means = tree.centroids[owners[some]] + tree.codes[some] * tree.units[some, None]
+        leaf_lengths[some] = squared_lengths(metric.points(means), tree.leaf_spreads[some])
+    for cell in range(first_cell, len(tree.centroids)):
+        # The product with this is that of the points, up to what is the same for all of them.
+        direction = 2 * metric.axes @ metric.points(tree.centroids[cell : cell + 1])[0]
+        ranks = tree.centroids @ direction - SHYNESS * cell_lengths
+        ranks[cell] = np.inf
+        near = np.argpartition(-ranks, min(N_NEAR, len(ranks)) - 1)[:N_NEAR]
+        leaves = ranges(tree.first_leaves[near], tree.first_leaves[near + 1] - tree.first_leaves[near])
+        ranks = rank_leaves(tree, leaves, owners[leaves], direction) - SHYNESS * leaf_lengths[leaves]
+        n = min(len(leaves), max(1, round(share * len(sizes))))
+        best = leaves[np.argpartition(-ranks, n - 1)[:n]]
+        yield tree.members[ranges(tree.first_members[best], sizes[best])]
 
 
-def best_leaves(means: Array, spreads: Array, centroid: Array, sizes: Array) -> Array:
-    """Which leaves hold the candidates of the keys around a centroid; about N_COMPARED keys."""
-    rank = means @ (2 * centroid) - SHYNESS * (np.einsum("nd,nd->n", means, means) + spreads**2)
-    n = min(len(sizes), -(-N_COMPARED * len(sizes) // int(sizes.sum())))
-    return np.argpartition(-rank, n - 1)[:n]
+def squared_lengths(means: Array, spreads: Array) -> Array:
+    """Mean squared length of points with this mean and this spread around it."""
+    return np.einsum("nd,nd->n", means, means) + spreads**2
+
+
+@jit()
+def rank_leaves(tree: Cells, leaves: Array, owners: Array, direction: Array) -> Array:
+    """Inner product of the leaves' means with the direction; owners: their cells."""
+    out = np.empty(len(leaves), np.float32)
+    for i in range(len(leaves)):
+        above = tree.units[leaves[i]] * dot_row(tree.codes[leaves[i]], direction)
+        out[i] = dot_row(tree.centroids[owners[i]], direction) + above
+    return out
 
 
 def ranges(starts: Array, sizes: Array) -> Array:

@@ -10,6 +10,9 @@ import numpy as np
 
 from retrieval_attn.host import Array
 
+# What a direction counts at least, as a share of the one that counts most.
+FLOOR = 0.05
+
 
 class Metric(NamedTuple):
     """A map of keys to points whose squared distance is the mean squared difference of the keys' scores.
@@ -30,8 +33,9 @@ def fit_metric(keys: Array, queries: Array) -> Metric:
     lengths = np.linalg.norm(queries, axis=1, keepdims=True)
     unit = queries / np.maximum(lengths, np.finfo(np.float32).tiny)
     values, vectors = np.linalg.eigh((unit.T @ unit / len(unit)).astype(np.float64))
-    # A floor keeps keys apart in directions that these queries happen not to use, and later ones may.
-    values = np.maximum(values, max(0.01 * values.max(), np.finfo(np.float32).tiny))
+    # A floor keeps keys apart in directions that these queries happen not to use, and later ones may. Lower, queries
+    # like the sampled ones find slightly more; but those of a text that has drifted away find far less.
+    values = np.maximum(values, max(FLOOR * values.max(), np.finfo(np.float32).tiny))
     return Metric(
         keys.mean(axis=0, dtype=np.float64).astype(np.float32), (vectors * np.sqrt(values)).astype(np.float32)
     )

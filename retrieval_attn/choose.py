@@ -34,8 +34,8 @@ def bytes_per_key(kind: str, dim: int) -> int:
         "exact": 0,
         # faiss keeps a float32 copy of the keys, and ids of 8 bytes.
         "ivf": 4 * dim + 8,
-        # Links of 4 bytes, and room to grow by an eighth.
-        "graph": 32 * 4 * 9 // 8,
+        # Links of 4 bytes, and the means of pairs of keys, one byte a number.
+        "graph": 60 + dim // 2,
         "scan": dim // 2 + 8,
         "page": dim // 4,
     }

@@ -82,18 +82,23 @@ def test_links_find_what_leaves_miss(scene, keys, truth):
     rng = np.random.default_rng(0)
     index._state = state._replace(links=rng.integers(0, 8192, state.links.shape).astype(np.int32))
     random_links = missed()
-    assert with_both < 0.6 * without_links
-    assert with_both < 0.6 * random_links
+    assert with_both < 0.75 * without_links
+    assert with_both < 0.75 * random_links
 
 
-def test_queries_of_every_head_shape_the_graph(scene, keys, truth):
-    """Built for one head of each group only, the other head's recall falls: so all heads' queries are used."""
-    one_sided = scene.queries.copy()
-    one_sided[1], one_sided[3] = one_sided[0], one_sided[2]
-    later, wanted = scene.later[[1, 3]].repeat(2, axis=0), truth.ids[[1, 3]].repeat(2, axis=0)[..., :8]
-    found = build_index("graph", keys, one_sided).search(later, k=8, effort=8)
-    both = build_index("graph", keys, scene.queries).search(later, k=8, effort=8)
-    assert recall(both.ids, wanted) > recall(found.ids, wanted)
+def test_queries_of_every_head_shape_the_graph():
+    """Two heads of a group look at different directions. Built for the first only, the second finds less."""
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((1, 8192, 64), dtype=np.float32)
+    asked = rng.standard_normal((2, 300, 64), dtype=np.float32)
+    asked[0, :, 12:] = 0
+    asked[1, :, :-12] = 0
+    sample, later = asked[:, :256], asked[:, 256:]
+    wanted = build_index("exact", keys).search(later, k=20).ids
+    both = build_index("graph", keys, sample).search(later, k=20, effort=20).ids
+    first = build_index("graph", keys, sample[[0, 0]]).search(later, k=20, effort=20).ids
+    assert recall(both[1], wanted[1]) > recall(first[1], wanted[1]) + 0.1
+    assert abs(recall(both[0], wanted[0]) - recall(both[1], wanted[1])) < 0.1
 
 
 def test_without_queries_it_still_works(scene, keys, truth):

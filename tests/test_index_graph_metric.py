@@ -3,7 +3,7 @@
 import numpy as np
 from test_index_vectors import attention_like
 
-from retrieval_attn.index.graph_metric import fit_metric
+from retrieval_attn.index.graph_metric import FLOOR, fit_metric
 
 
 def test_points_are_as_far_apart_as_queries_tell_them_apart():
@@ -16,8 +16,8 @@ def test_points_are_as_far_apart_as_queries_tell_them_apart():
     straight = ((keys[:50, None] - keys[None, :50]) ** 2).sum(axis=-1)
     largest = np.linalg.eigvalsh(unit.T @ unit / len(unit)).max()
     assert (apart >= difference.mean(axis=-1) * 0.999 - 1e-4).all()
-    # Directions that no query uses still count for a hundredth.
-    assert (apart <= difference.mean(axis=-1) + 0.0101 * largest * straight + 1e-4).all()
+    # Directions that no query uses still count a little.
+    assert (apart <= difference.mean(axis=-1) + 1.01 * FLOOR * largest * straight + 1e-4).all()
 
 
 def test_a_direction_no_query_asks_about_hardly_counts():
@@ -29,8 +29,8 @@ def test_a_direction_no_query_asks_about_hardly_counts():
     c = keys[0] + np.float32([0, 3, 0, 0, 0, 0, 0, 0])
     metric = fit_metric(keys, queries)
     far = lambda x: np.linalg.norm(metric.points(x[None]) - metric.points(a[None]))  # noqa: E731
-    assert far(b) < 1.5 * far(c)
-    assert points.std(axis=0).max() < 20
+    assert far(b) < 0.5 * np.linalg.norm(b - a) / np.linalg.norm(c - a) * far(c)
+    assert points.std(axis=0).max() < 0.25 * keys.std(axis=0).max()
 
 
 def test_queries_of_zero_leave_a_metric():
