@@ -4,10 +4,9 @@
 """
 
 from .far import attend_far
-from .knn import best_keys
 from .merge import AttentionState, merge
 from .near import attend_near
 from .prefill import attend_dense
 from .tail import TailSummary
 
-__all__ = ["AttentionState", "TailSummary", "attend_dense", "attend_far", "attend_near", "best_keys", "merge"]
+__all__ = ["AttentionState", "TailSummary", "attend_dense", "attend_far", "attend_near", "merge"]
