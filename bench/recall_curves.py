@@ -48,7 +48,7 @@ def at_error(rows: Iterable[Row], error: float = 0.02, estimators: Sequence[str]
 
 def growth(found: Iterable[Row], name: str = "search_us") -> list[Row]:
     """How much longer the longest context takes than the shortest, by source, seed and method, from rows of `at_recall`
-    or `at_error`; None where one of the two was never reached."""
+    or `at_error`; None where one of the two was never reached, or where the least effort was already too much."""
     lines: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
         lines.setdefault((row["source"], row["seed"], row["method"]), []).append(row)
@@ -57,7 +57,8 @@ def growth(found: Iterable[Row], name: str = "search_us") -> list[Row]:
         first, last = min(line, key=lambda row: row["context"]), max(line, key=lambda row: row["context"])
         if first is last:
             continue
-        ratio = last[name] / first[name] if first[name] and last[name] else None
+        known = all(row[name] and not row["bound"] for row in (first, last))
+        ratio = last[name] / first[name] if known else None
         out.append(
             {
                 "source": source,

@@ -132,7 +132,7 @@ def _draw(rows: list[Row], title: str, path: Path) -> None:
         axes.grid(alpha=0.3)
     drawn = [name for name in _STYLES if any(row[f"err_{name}"] for row in rows)]
     key = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
-    key += [Line2D([], [], color="grey", ls=_STYLES[name], label=name) for name in drawn]
+    key += [Line2D([], [], color="black", ls=_STYLES[name], label=name) for name in drawn]
     figure.legend(handles=key, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)

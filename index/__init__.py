@@ -98,13 +98,16 @@ def prepare(kind: str, dtype: Any) -> None:
     Otherwise the first search would, in the middle of a reply.
     """
     require_safe_threads()
-    keys = np.zeros((1, 130, 16), dtype)
-    keys[0, :, 0] = np.arange(130)
+    # Enough keys for what is done in parallel, and for searches that do not scan.
+    n = 4096
+    keys = np.zeros((1, n + 2, 16), dtype)
+    keys[0, :, 0] = np.arange(n + 2) % 128
     q = np.ones((1, 16), np.float32)
     with announce_compilation():
-        index = _kind(kind).build(Keys(keys[:, :128]), q[None], 0, Steps())
+        index = _kind(kind).build(Keys(keys[:, :n]), q[None], 0, Steps())
         index.search(q, k=1)
-        index.append(keys[:, 128:])
+        index.search(q, k=1, effort=n)
+        index.append(keys[:, n:])
         index.search(q, k=1)
 
 

@@ -54,7 +54,7 @@ class ExactIndex:
 
     @property
     def nbytes(self) -> int:
-        return 0
+        return self._keys.bonus.nbytes
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; `effort` and `seeds` change nothing."""

@@ -118,9 +118,10 @@ class GraphIndex:
 
     @property
     def nbytes(self) -> int:
-        """Links (with room to grow), tree and metric."""
-        _, cells, links, _ = self._state
-        return int(links.nbytes + sum(x.nbytes for x in cells) + sum(x.nbytes for m in self._metrics for x in m))
+        """Links (with room to grow), tree, metric and bonuses."""
+        keys, cells, links, _ = self._state
+        arrays = (keys.bonus, links, *cells, *(x for metric in self._metrics for x in metric))
+        return int(sum(x.nbytes for x in arrays))
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: width of the beam, at least k, by default 1.2 k and no less than 120."""

@@ -139,9 +139,10 @@ class IVFIndex:
     @property
     def nbytes(self) -> int:
         """float32 keys and int64 ids in the lists, centroids, means."""
-        _, lists, mean = self._state
+        keys, lists, mean = self._state
         dim = mean.shape[1]
-        return int(sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists) + mean.nbytes)
+        in_lists = sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists)
+        return int(in_lists + mean.nbytes + keys.bonus.nbytes)
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: lists probed per head, by default one in four; `seeds` change nothing."""
@@ -181,6 +182,8 @@ class IVFIndex:
             keys, lists, mean = self._state
             if n_keys < lists[0].index.ntotal:
                 lists = tuple(x.shortened(n_keys) for x in lists)
+            # What is left of the keys that the centroids were made from: others may follow.
+            self._n_seen = min(self._n_seen, n_keys)
             self._state = (keys.first(n_keys), lists, mean)
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:

@@ -15,8 +15,9 @@ _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D
 
 
 class Lift:
-    """The bonuses of one layer's keys. Those of a key depend on seed, head and id only, so nothing of it is stored.
+    """The bonuses of one layer's keys.
 
+    Those of a key depend on seed, head and id alone, so no file holds them; in memory they take 4 bytes a key.
     scale: what scores are multiplied with inside the softmax, in attention usually D ** -0.5.
     """
 

@@ -85,7 +85,7 @@ class PageIndex:
     @property
     def nbytes(self) -> int:
         """Summaries, with room to grow."""
-        return self._state.pages.nbytes
+        return self._state.pages.nbytes + self._state.keys.bonus.nbytes
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: pages opened per query, and never too few to hold k keys; `seeds` change nothing.

@@ -43,7 +43,7 @@ class Index(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index without the keys themselves."""
+        """Bytes of the index without the keys themselves; the bonuses of a lift count."""
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """The k keys of largest inner product for each query.

@@ -87,7 +87,8 @@ class ScanIndex:
     @property
     def nbytes(self) -> int:
         asked = 0 if self._recipe.queries is None else self._recipe.queries.nbytes
-        return self._state.codes.nbytes + sum(x.nbytes for x in self._state.map) + asked
+        keys, codes, coordinates, _ = self._state
+        return codes.nbytes + sum(x.nbytes for x in coordinates) + asked + keys.bonus.nbytes
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: keys per query that are scored exactly, at least k; `seeds` change nothing."""
@@ -120,7 +121,9 @@ class ScanIndex:
         with self._lock:
             check_truncate(n_keys, self.n_keys)
             old = self._state
-            self._state = old._replace(keys=old.keys.first(n_keys), codes=old.codes.first(n_keys))
+            # What is left of the keys that the coordinates were chosen from: others may follow.
+            n_fitted = min(old.n_fitted, n_keys)
+            self._state = State(old.keys.first(n_keys), old.codes.first(n_keys), old.map, n_fitted)
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""

@@ -95,7 +95,7 @@ def make_ready(
         few = queries[head, first : min(first + TILE, stop)]
         weigh(few, maps[head], weights[head, tile], bonus_scales[head, tile])
         floors[head, tile, : len(few)] = -np.inf
-        if n_keys > BUFFER * n_wanted:
+        if n_keys > BUFFER * n_wanted and n_keys >= LANES * SAMPLE_STEPS[0]:
             find_floors(
                 blocks[head].reshape(-1), factors[head], bonus[head], n_keys, n_wanted, weights[head, tile],
                 bonus_scales[head, tile], floors[head, tile],

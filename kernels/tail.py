@@ -29,6 +29,9 @@ SAMPLED_PAGES = 64
 # Least standard deviation of the scores within a page. exp(0.001) is 1.001: below this there is nothing to model.
 LEAST_SPREAD = 1e-3
 
+# No key counts for more in the covariance than one of so many times the middle distance from its page's mean.
+LONGEST = 4.0
+
 LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 SQRT_HALF = math.sqrt(0.5)
 
@@ -135,9 +138,20 @@ class TailSummary:
             rows = slice(place * self.page, min((place + 1) * self.page, self._length))
             both = torch.cat([keys[:, rows].float(), values[:, rows].float()], dim=-1)
             both -= self._means[:, place : place + 1]
+            _shorten(both, D)
             total += both[..., :D].mT @ both
             n += both.shape[1]
         return total / n
+
+
+def _shorten(rows: Tensor, dim: int) -> None:
+    """Scale down, in place, rows whose first `dim` elements, the key, are far longer than usual.
+
+    One enormous key would make the scores of all others look spread; it is one that a search finds.
+    """
+    lengths = rows[..., :dim].norm(dim=-1, keepdim=True)
+    most = LONGEST * lengths.median(dim=1, keepdim=True).values
+    rows *= (most / lengths.clamp_min(1e-30)).clamp_max(1)
 
 
 @jit(parallel=True)

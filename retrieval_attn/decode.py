@@ -19,10 +19,11 @@ LEAST_NORM = 1e-30
 class StepClock:
     """What decode steps cost and found; adds up until it is reset.
 
-    near, search, gather, merge: seconds. visited, far: keys looked at, and keys there were, per query head. steps: how
-    many. used, recovered: keys read per query head, and the share of the attention mass that they hold with the window,
-    by estimate. checks: steps that were verified; error, worst_error, recall, mass: over them the sum of the output's
-    relative errors and the largest, the sums of the recall and of the true share of the mass.
+    near, search, gather, merge: seconds. visited, far: keys looked at, and keys there were, per query head, over all
+    searches (a mass budget may take several a step). steps: how many. used, recovered: keys read per query head, and
+    the share of the attention mass that they hold with the window, by estimate. checks: steps that were verified;
+    error, worst_error, recall, mass: over them the sum of the output's relative errors and the largest, the sums of the
+    recall and of the true share of the mass.
     """
 
     near: float = 0.0
@@ -99,7 +100,7 @@ def _find(
     if config.mass is None:
         return _search(query, memory, index, k, clock)
     # What the last step needed is where this one begins.
-    k = min(memory.reach or k, config.max_k, n_far)
+    k = min(max(memory.reach or k, config.min_k), config.max_k, n_far)
     while True:
         hits = _search(query, memory, index, k, clock)
         n_found = np.sum(hits.ids >= 0, axis=-1)
@@ -118,6 +119,7 @@ def _search(query: Tensor, memory: LayerMemory, index: Index, k: int, clock: Ste
     if index.kind == "graph":
         memory.last_ids = hits.ids[:, 0]
     clock.visited += float(np.mean(hits.visited))
+    clock.far += memory.split.n_far
     return hits
 
 
@@ -133,7 +135,6 @@ def _note(clock: StepClock, memory: LayerMemory, far: FarState, out: AttentionSt
     """Add what the step found to the clock."""
     clock.steps += 1
     memory.steps += 1
-    clock.far += memory.split.n_far
     clock.used += float(np.mean(far.n_used))
     # Of the whole: all of the window, and of the far part what was read.
     missing = (1 - far.recovered) * torch.exp(far.state.lse.cpu() - out.lse.cpu())[0]
@@ -152,15 +153,20 @@ def _verify(
     clock.checks += 1
     clock.error += error
     clock.worst_error = max(clock.worst_error, error)
-    read = merge(close, attend_far(query, keys, values, hits.ids, scale, share_group=memory.config.share_group))
+    lift, sampled = index.lift, memory.config.estimator == "lift"
+    # Of a sample, the last key only sets the threshold, and what other heads found is not used.
+    ids = hits.ids[..., :-1] if sampled and hits.ids.shape[-1] < keys.shape[1] else hits.ids
+    share_group = memory.config.share_group and not sampled
+    read = merge(close, attend_far(query, keys, values, ids, scale, share_group=share_group))
     clock.mass += float(torch.exp(read.lse - exact.lse).mean())
-    oracle = build_index("exact", keys, seed=memory.config.seed, lift=index.lift and index.lift.scale)
-    clock.recall += share_found(hits, oracle.search(query[0], hits.ids.shape[-1]))
+    oracle = build_index("exact", keys, seed=lift.seed if lift else 0, lift=lift.scale if lift else None)
+    # A mass budget asks for as many as it kept; otherwise a head that found fewer has missed the others.
+    n_wanted = np.sum(hits.ids >= 0, axis=-1) if memory.config.mass else np.full(ids.shape[:-1], hits.ids.shape[-1])
+    clock.recall += share_found(hits, oracle.search(query[0], hits.ids.shape[-1]), n_wanted)
 
 
-def share_found(hits: SearchResult, best: SearchResult) -> float:
-    """The share of the best keys that was found, over all heads; keys that tie with the worst of the best count."""
-    n_found = np.maximum(np.sum(hits.ids >= 0, axis=-1), 1)
-    least = np.take_along_axis(best.scores, n_found[..., None] - 1, axis=-1)
+def share_found(hits: SearchResult, best: SearchResult, n_wanted: np.ndarray) -> float:
+    """The share of the n_wanted (H, T) best keys that was found, over all heads; ties with the worst of them count."""
+    least = np.take_along_axis(best.scores, np.maximum(n_wanted, 1)[..., None] - 1, axis=-1)
     good = (hits.scores >= least - 1e-5 * np.abs(least)) & (hits.ids >= 0)
-    return float(np.mean(np.sum(good, axis=-1) / n_found))
+    return float(np.mean(np.minimum(np.sum(good, axis=-1) / np.maximum(n_wanted, 1), 1)))

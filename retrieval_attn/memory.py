@@ -158,21 +158,23 @@ class LayerMemory:
                 self._take_build(self._building)
             except Exception as error:
                 log.warning("an index build failed and will be repeated: %s", error)
+        self.forget_step()
+        # First what can be brought up to date from the store, should this be interrupted; the store after it.
+        self._crop_index(split(length, self.config.n_sink, self.config.n_local).n_far)
         self.window.crop(length, self.store.keys(), self.store.values())
         self.store.crop(length)
         self.sample.crop(length)
-        self.forget_step()
+
+    def _crop_index(self, n_far: int) -> None:
         tail, self._tail = self._tail, None
-        if tail is not None and self.split.n_far:
-            tail.truncate(self.split.n_far, self.far_keys(), self.far_values())
+        if tail is not None and n_far:
+            tail.truncate(n_far, self.far_keys(), self.far_values())
             self._tail = tail
-        if self._index is None:
-            return
         # Cut by more than half, an index no longer suits its keys: the next search builds a new one.
-        if 2 * self.split.n_far < self._index.n_keys:
+        if self._index is not None and 2 * n_far < self._index.n_keys:
             self._index = None
-        elif self.split.n_far < self._index.n_keys:
-            self._index.truncate(self.split.n_far)
+        if self._index is not None and n_far < self._index.n_keys:
+            self._index.truncate(n_far)
 
     def forget_step(self) -> None:
         """Let the next step begin as if there had been none before it."""
@@ -204,7 +206,7 @@ class LayerMemory:
         twin = LayerMemory(self.config, self.shape)
         twin.store.append(store.keys(), store.values())
         twin.window = self.window.copy()
-        twin.sample = self.sample.copy()
+        twin.sample, twin.scale = self.sample.copy(), self.scale
         return twin
 
     def refill(self, keys: Tensor, values: Tensor, sample: dict[str, Tensor], device: torch.device) -> None:

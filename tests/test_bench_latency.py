@@ -19,7 +19,8 @@ from retrieval_attn.bench.report_format import ROW_FIELDS
 def options(**changes):
     given = {
         "context": "1500", "gen": 2, "repeat": 2, "warmup": 0, "index": "exact", "compare": "full,folded", "layers": 1,
-        "shape": "4,2,32", "model": None, "dtype": "float32", "top_k": 20, "estimator": "tail", "threads": None, "seed": 0, "device": "cpu",
+        "shape": "4,2,32", "model": None, "dtype": "float32", "top_k": 20, "estimator": "tail",
+        "threads": None, "seed": 0, "device": "cpu",
         "check": True,
     }  # fmt: skip
     return make_options(**{**given, **changes})

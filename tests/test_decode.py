@@ -53,8 +53,9 @@ def test_mass_reads_as_many_keys_as_it_takes():
 
 
 def test_mass_keeps_floor_and_ceiling():
-    _, clock, _ = steps(estimator="topk", mass=0.01, min_k=20, max_k=50)
+    _, clock, _ = steps(estimator="topk", mass=0.01, min_k=20, max_k=50, top_k=4)
     assert clock.used / clock.steps == 20
+    assert clock.visited_fraction == 1
     _, clock, _ = steps(estimator="tail", mass=0.9999, min_k=20, max_k=50, top_k=30)
     assert clock.used / clock.steps == 50
 
@@ -74,6 +75,8 @@ def test_verification_reports_the_true_error_and_changes_nothing(estimator):
 def test_verification_sees_what_an_index_misses():
     _, clock, _ = steps(n=3, index="ivf", effort=1, verify_every=1, top_k=100)
     assert clock.recall / clock.checks < 0.9
+    _, clock, _ = steps(n=1, index="ivf", effort=1, verify_every=1, top_k=2000)
+    assert clock.recall < 0.5
 
 
 def test_tokens_that_leave_the_window_enter_the_estimate():
@@ -90,6 +93,24 @@ def test_tokens_that_leave_the_window_enter_the_estimate():
     memory.crop(3500)
     decode(query[:, :, :1], memory, scale, StepClock())
     assert memory.tail().length == memory.split.n_far == 3500 - 36
+
+
+def test_a_crop_interrupted_anywhere_is_mended_by_the_next(monkeypatch):
+    """The index was cut last, and a second crop, which found the store short already, left it too long."""
+    query, keys, values, scale = layer(S=4000)
+    places = ["index.exact.ExactIndex.truncate", "memory.TailSummary.truncate", "offload.HostStore.crop"]
+    for place in [*places, "window.Window.crop", "build.QuerySample.crop"]:
+        memory = memory_of(keys, values, query)
+        decode(query[:, :, :1], memory, scale, StepClock())
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(f"retrieval_attn.{place}", _interrupt)
+            memory.crop(3500)
+        memory.crop(3500)
+        memory.append(query[:, :, :1].expand(-1, -1, 500, -1), keys[None, :, :500], values[None, :, :500])
+        out = decode(query[:, :, 1:2], memory, scale, StepClock()).out
+        other = [torch.cat([x[:, :3500], x[:, :500]], 1)[None] for x in (keys, values)]
+        assert memory.index().n_keys == memory.tail().length == memory.split.n_far == 4000 - 36
+        assert relative(out, attend_near(query[:, :, 1:2], *other, scale).out) < 0.1
 
 
 def test_an_interrupted_append_to_the_summary_makes_it_anew(monkeypatch):

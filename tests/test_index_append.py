@@ -115,6 +115,22 @@ def test_going_back_and_on_does_not_decay_either(kind, story):
     assert found >= possible - 0.1
 
 
+@every_kind
+def test_other_text_after_going_back_is_found_as_well(kind, story):
+    """Half of the keys are foreign and go again; what the index chose by them must not stay."""
+    foreign = np.roll(story.keys[:, :FIRST], DIM // 4, axis=2)
+    grown = build_index(kind, np.concatenate([story.keys[:, :FIRST], foreign], axis=1), story.asked_first)
+    grown.truncate(FIRST)
+    for begin, end in steps(FIRST, LAST):
+        grown.append(story.keys[:, begin:end])
+    plain = build_index(kind, story.keys[:, :FIRST], story.asked_first)
+    for begin, end in steps(FIRST, LAST):
+        plain.append(story.keys[:, begin:end])
+    truth = best(story.keys, story.late)
+    found, possible = (recall(index.search(story.late, K).ids, truth) for index in (grown, plain))
+    assert found >= possible - 0.05
+
+
 class Witness(NamedTuple):
     """One search: the states that were over when it began and under way when it ended, and what it gave."""
 

@@ -46,6 +46,16 @@ def test_the_rest_is_estimated_within_a_few_per_cent_of_its_mass(k):
     assert relative(ours, exact) < 0.5 * relative(alone, exact)
 
 
+def test_one_enormous_key_does_not_spoil_the_estimate():
+    """It made the scores of all others look spread out, and the estimate worse than none."""
+    query, keys, values, scale = layer(S=8192)
+    keys[:, 4000] *= 100
+    best, rest, limit = split_at_best(query, keys, values, scale, 64)
+    state = TailSummary(keys, values).attend_rest(query, limit, torch.full(limit.shape, 64), scale)
+    # The page of that key has an odd mean; the others do not know of it.
+    assert (state.lse - rest.lse).abs().median() < 0.1
+
+
 def test_nothing_found_means_all_is_estimated():
     query, keys, values, scale = layer(sharp=0.5)
     _, rest, _ = split_at_best(query, keys, values, scale, 1)
