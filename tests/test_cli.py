@@ -89,10 +89,9 @@ def test_defaults_in_the_help_are_those_of_the_config():
     ("arguments", "reason"),
     [
         (["generate", "x", "--model", "/no/such/model"], "no model at '/no/such/model'"),
-        (
-            ["generate", "x", "--index", "tree"],
-            "index must be one of 'exact', 'ivf', 'graph', 'scan', 'page', 'auto', got 'tree'",
-        ),
+        (["generate", "x", "--index", "tree"], "'graph', 'scan', 'page', 'auto', got 'tree'"),
+        (["generate", "x", "--estimator", "mean"], "estimator must be one of 'topk', 'lift', 'tail', got 'mean'"),
+        (["generate", "x", "--mass", "1.5"], "mass must be above 0 and below 1"),
         (["generate", "x", "--top-k", "0"], "top_k must be an integer of at least 1, got 0"),
         (["generate", "x", "--file", "/no/such/file"], "there is no file /no/such/file"),
         (["generate", ""], "the prompt is empty"),

@@ -70,7 +70,7 @@ def test_the_recovered_share_is_what_was_read(estimator):
     true = exact(query, keys, values, scale)
     _, hits = found_in(query, keys, 200, None)
     if estimator == "lift":
-        index, hits = found_in(query, keys, 201, scale)
+        _, hits = found_in(query, keys, 201, scale)
         hits = hits._replace(ids=hits.ids[..., :-1], scores=hits.scores[..., :-1])
     read = estimate(query, keys, values, hits, scale, share_group=False).state
     share = torch.exp(read.lse.double() - true.lse)[0]

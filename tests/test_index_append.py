@@ -16,8 +16,8 @@ DIM, RANK, N_WORDS = 64, 16, 1500
 K = 50
 
 # How much less an index may find that grew to three times its size than one built on all keys, with queries from all
-# of the text. graph links new keys without having seen their queries: 0.02 to 0.05 less over several seeds; ivf and scan
-# follow the text only when there are half as many keys again.
+# of the text. graph links new keys without having seen their queries: 0.02 to 0.05 less over several seeds; ivf and
+# scan follow the text only when there are half as many keys again.
 MARGIN = {"graph": 0.1, "ivf": 0.05, "scan": 0.02}
 
 

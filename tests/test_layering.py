@@ -10,20 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What each file of the runtime may know of the runtime, in the order a request meets them.
-RUNTIME = [
-    "host",
-    "config",
-    "choose",
-    "window",
-    "offload",
-    "build",
-    "estimate",
-    "memory",
-    "decode",
-    "prefill",
-    "compat",
-]
-RUNTIME += ["hf", "plan", "generate", "session", "saved", "llm", "chat", "cli"]
+RUNTIME = ["host", "config", "choose", "window", "offload", "build", "estimate", "memory", "decode", "prefill"]
+RUNTIME += ["compat", "hf", "plan", "generate", "session", "saved", "llm", "chat", "cli"]
 
 # Imports inside a function that close a circle on purpose: the later file calls back into the earlier one's object.
 CALLBACKS = {("session", "saved"), ("llm", "saved")}
