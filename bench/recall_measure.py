@@ -184,7 +184,8 @@ def _measure(searched: _Searched, effort: int | None, tail: Tail, row: Row) -> N
         row[f"step_{name}_us"] = 1e6 * float(np.median(steps.total))
         if plain is None and not estimator.lifted:
             plain = steps
-    _note_search(plain or searched.run(effort, None, tail), searched, effort, row)
+    plain = plain or searched.run(effort, None, tail)
+    _note_search(plain, searched, effort, row)
     index_bytes = searched.index.nbytes
     row.update(
         build_s=searched.build_seconds,
@@ -196,7 +197,7 @@ def _measure(searched: _Searched, effort: int | None, tail: Tail, row: Row) -> N
         status="ok",
     )
     if searched.options.check:
-        _check(row, searched, steps.hits)
+        _check(row, searched, plain.hits)
 
 
 def _note_search(steps: Steps, searched: _Searched, effort: int | None, row: Row) -> None:

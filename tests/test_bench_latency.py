@@ -41,9 +41,6 @@ def report():
         yield latency.run(options(context="300,1500", index="exact,ivf", layers=2, warmup=1))
 
 
-# What is accepted -----------------------------------------------------------------------------------------------------
-
-
 def test_contexts():
     assert parse_contexts("8k, 32K,1m,5000,8k") == (8192, 32768, 1048576, 5000)
 
@@ -94,9 +91,6 @@ def test_layers_of_a_shape():
 def test_importing_the_command_is_quick():
     code = "import retrieval_attn.bench.latency, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-# What is measured -----------------------------------------------------------------------------------------------------
 
 
 def test_a_row_per_context_and_method(report):
@@ -192,9 +186,6 @@ def test_without_check_the_table_says_so():
     assert "do not quote these numbers" in report_format.render(report, "md")
 
 
-# What is written ------------------------------------------------------------------------------------------------------
-
-
 def test_json_holds_everything(report):
     read = json.loads(report_format.render(report, "json"))
     assert read["schema_version"] == report_format.SCHEMA_VERSION
@@ -263,9 +254,6 @@ def test_the_command_writes_one_document(form, tmp_path):
         assert len(result.stdout.splitlines()) == 2
     else:
         assert "| 700 | full | ok |" in result.stdout
-
-
-# Whole models ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_whole_model(tmp_path):

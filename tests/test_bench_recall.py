@@ -57,9 +57,6 @@ def rows_of(report, **wanted):
     return [row for row in report["results"] if all(row[name] == value for name, value in wanted.items())]
 
 
-# What is accepted -----------------------------------------------------------------------------------------------------
-
-
 def test_lists():
     made = options(source="shaped, zeros,shaped", context="1k,2k", seed="1,2", effort=["exact=1,2"], compare="all")
     assert made.sources == ("shaped", "zeros")
@@ -109,9 +106,6 @@ def test_files_are_checked_before_the_run(tmp_path):
     ):
         done = CliRunner().invoke(cli.app, ["bench", "recall", "-c", "300", "--shape", "2,1,16", *arguments])
         assert message in str(done.exception)
-
-
-# What is measured -----------------------------------------------------------------------------------------------------
 
 
 def test_every_method_has_its_rows(report):
@@ -254,9 +248,6 @@ def test_what_was_measured_is_kept_when_interrupted(monkeypatch):
     assert "interrupted: rows are missing" in report["notes"]
 
 
-# Truth ----------------------------------------------------------------------------------------------------------------
-
-
 def test_truth_is_attention_over_all_keys(layer):
     found, truth = layer
     for h, t in ((0, 0), (3, 5)):
@@ -315,9 +306,6 @@ def test_rivals_search_raw_inner_products(layer):
         assert rival.nbytes > 4 * 2 * 1500 * 32
 
 
-# Curves ---------------------------------------------------------------------------------------------------------------
-
-
 def row(recall, us, context=1000, method="graph", **known):
     numbers = {"recall": recall, "search_us": us, "visited_pct": us / 100, "bytes_read": us}
     return blank_row(20, source="shaped", context=context, seed=0, method=method, status="ok", **numbers, **known)
@@ -349,13 +337,15 @@ def test_time_at_equal_error_is_that_of_the_best_estimator():
 
 
 def test_growth_compares_the_ends():
-    found = at_recall([row(1.0, 100.0), row(1.0, 130.0, context=8000), row(0.1, 5.0, method="page")])
-    assert growth(found) == [
-        {"source": "shaped", "seed": 0, "method": "graph", "from": 1000, "to": 8000, "ratio": pytest.approx(1.3)}
-    ]
+    line = [row(0.9, 100.0, effort=1), row(1.0, 400.0, effort=2), row(0.1, 5.0, method="page")]
+    longer = [row(0.9, 130.0, context=8000, effort=1), row(1.0, 520.0, context=8000, effort=2)]
+    ends = {"source": "shaped", "seed": 0, "method": "graph", "from": 1000, "to": 8000}
+    assert growth(at_recall(line + longer, 0.95)) == [{**ends, "ratio": pytest.approx(1.3)}]
 
 
-# What is written ------------------------------------------------------------------------------------------------------
+def test_growth_is_not_known_where_the_least_effort_is_too_much():
+    found = at_recall([row(1.0, 100.0), row(1.0, 130.0, context=8000)], 0.95)
+    assert growth(found)[0]["ratio"] is None
 
 
 def test_json_and_csv_hold_the_rows(report):

@@ -38,9 +38,6 @@ def captured():
     return capture(600, seed=1, n_heldout=24)
 
 
-# All made-up sources --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("source", MADE)
 def test_shapes_and_dtype(source):
     made = small(source, dtype=torch.bfloat16)
@@ -87,9 +84,6 @@ def test_unknown_sources_are_refused(source):
         small(source)
 
 
-# Shaped ---------------------------------------------------------------------------------------------------------------
-
-
 def test_promised_properties(found):
     properties = measure(found)
     assert list(properties) == list(PROPERTIES)
@@ -134,9 +128,6 @@ def test_consecutive_queries_want_much_the_same(found):
     assert sum(same) / len(same) > 1.5 * sum(other) / len(other)
 
 
-# Adversarial ----------------------------------------------------------------------------------------------------------
-
-
 def test_uniform_attention_is_flat():
     assert measure(small("uniform", n_keys=4000))["top_mass"] < 2 * 100 / 4000
 
@@ -172,9 +163,6 @@ def test_drifted_queries_are_unlike_the_prompts():
     assert drifted["asked_cosine"] < 0.6 * alike["asked_cosine"]
     assert drifted["known_share"] < alike["known_share"]
     assert drifted["top_mass"] > 0.7
-
-
-# Real -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_capture_holds_what_the_stock_model_keeps(captured):

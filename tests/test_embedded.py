@@ -1,5 +1,6 @@
 """The model that ships with the package: it loads anywhere, takes any text, and finds what was planted."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retrieval_attn as ra
 from retrieval_attn.bench.facts import document
+from retrieval_attn.estimate import FarState
 from retrieval_attn.kernels import AttentionState
 from retrieval_attn.llm import EMBEDDED
+
+
+def _attend_to_nothing(query, *rest):
+    n_heads = query.shape[1]
+    return FarState(AttentionState.empty(query.shape), np.zeros((n_heads, 1)), torch.zeros(n_heads, 1))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,7 @@ def test_without_far_keys_it_cannot_know(llm, document_8k, monkeypatch):
     """The tests above prove something: with the window alone, the same model fails."""
     session = llm.session()
     session.read(document_8k.text)
-    monkeypatch.setattr("retrieval_attn.decode._attend_far", lambda query, *rest: AttentionState.empty(query.shape))
+    monkeypatch.setattr("retrieval_attn.decode._attend", _attend_to_nothing)
     asked = document_8k.facts[:10]
     answers = []
     for fact in asked:
