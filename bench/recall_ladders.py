@@ -4,6 +4,10 @@ from typing import Any
 
 from retrieval_attn.bench.ann import LINKS
 from retrieval_attn.bench.vectors import Vectors
+from retrieval_attn.index.graph_search import N_FIRST, N_PROBED
+
+# Of the graph, by default.
+KEYS_PER_LEAF = 2
 
 Ladder = tuple[int | None, ...]
 
@@ -42,7 +46,7 @@ def bytes_read(method: str, index: Any, vectors: Vectors, visited: float, effort
     if method == "page":
         return float(index.nbytes + H * visited * key)
     if method == "graph":
-        return float(H * (visited * key + (effort or k) * index.nbytes / (G * S)))
+        return float(H * (visited * key + (effort or k) * index.nbytes / (G * S) + leaf_bytes(S, D, effort or k, k)))
     if method == "hnsw":
         return float(H * (visited * wide + (effort or k) * 8 * LINKS))
     if method in ("ivf", "faiss-ivf"):
@@ -53,8 +57,14 @@ def bytes_read(method: str, index: Any, vectors: Vectors, visited: float, effort
 RULE = (
     "bytes read are an estimate: visited keys, per query head, times the bytes of a key as the method keeps it (faiss: "
     "float32); exact reads each key once for its group, scan and page their whole index once and then keys, graph and "
-    "hnsw the links of as many keys as the beam is wide, ivf all centroids; heads of a group may in truth share reads"
+    "hnsw the links of as many keys as the beam is wide, graph also the int8 means of pairs of keys that it compares "
+    "first, which are not among the visited keys, ivf all centroids; heads of a group may in truth share reads"
 )
+
+
+def leaf_bytes(S: int, D: int, effort: int, k: int) -> float:
+    """Bytes of the leaves' means, a byte a dimension, that a search of the graph compares for one query."""
+    return min(S, N_FIRST * N_PROBED * max(effort, k)) / KEYS_PER_LEAF * D
 
 
 def _shares(n: int, parts: tuple[int, ...]) -> Ladder:
