@@ -12,6 +12,7 @@ import numpy as np
 
 from retrieval_attn.host import Array, as_array, as_float32
 from retrieval_attn.index import SearchResult
+from retrieval_attn.index.ivf import default_lists
 
 # Its type stubs lack half of it.
 faiss: Any = _faiss
@@ -19,9 +20,6 @@ faiss: Any = _faiss
 RIVALS = ("hnsw", "faiss-ivf")
 
 LINKS, EF_CONSTRUCTION = 32, 200
-
-# faiss asks for 39 training points per list.
-_POINTS_PER_LIST = 39
 
 
 class Rival:
@@ -68,7 +66,7 @@ def build_rival(
     array = as_array(keys, "keys")
     G, S, D = array.shape
     if n_lists is None:
-        n_lists = max(1, min(int(4 * S**0.5), S // _POINTS_PER_LIST))
+        n_lists = default_lists(S)
     heads, means = [], np.empty((G, D), np.float32)
     for g in range(G):
         progress(g / G)

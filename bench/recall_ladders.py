@@ -5,6 +5,7 @@ from typing import Any
 from retrieval_attn.bench.ann import LINKS
 from retrieval_attn.bench.vectors import Vectors
 from retrieval_attn.index.graph_search import N_FIRST, N_PROBED
+from retrieval_attn.index.ivf import default_lists
 
 # Of the graph, by default.
 KEYS_PER_LEAF = 2
@@ -24,14 +25,9 @@ def ladder(method: str, k: int, index: Any) -> Ladder:
     if method == "page":
         return _shares(index.n_keys, (2048, 1024, 512, 256, 128, 64))
     if method in ("ivf", "faiss-ivf"):
-        n_lists = index.n_lists if method == "faiss-ivf" else list_count(index.n_keys)
+        n_lists = index.n_lists if method == "faiss-ivf" else default_lists(index.n_keys)
         return _shares(n_lists, (64, 32, 16, 8, 4, 2))
     return (None,)
-
-
-def list_count(S: int) -> int:
-    """Inverted lists of our `ivf` and of the rival: 4 sqrt(S), at most one per 39 keys."""
-    return max(1, min(int(4 * S**0.5), S // 39))
 
 
 def bytes_read(method: str, index: Any, vectors: Vectors, visited: float, effort: int | None, k: int) -> float:
@@ -50,7 +46,7 @@ def bytes_read(method: str, index: Any, vectors: Vectors, visited: float, effort
     if method == "hnsw":
         return float(H * (visited * wide + (effort or k) * 8 * LINKS))
     if method in ("ivf", "faiss-ivf"):
-        return float(G * list_count(S) * wide + H * visited * wide + (H * k * key if method == "ivf" else 0))
+        return float(G * default_lists(S) * wide + H * visited * wide + (H * k * key if method == "ivf" else 0))
     return float(H * visited * key)
 
 

@@ -94,15 +94,7 @@ class GraphIndex:
             link_cells(tree, 0, metric, points.__getitem__, 0, links[head], part.part(0.4, 0.6))
             trees.append(tree)
             metrics.append(metric)
-        index = cls(State(keys, joined(trees), links, n_keys), metrics, leaf, tail)
-        index._compile()
-        return index
-
-    def _compile(self) -> None:
-        """Make sure that the search is compiled: the first one of a tiny index would be a scan."""
-        n_heads, _, dim = self.shape
-        batch = check_search(np.zeros((n_heads, dim), np.float32), 1, self._state.keys)
-        self._search_linked(self._state, batch, 1, None)
+        return cls(State(keys, joined(trees), links, n_keys), metrics, leaf, tail)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from retrieval_attn.host import Array, jit
 from retrieval_attn.index.graph_cells import Cells
 from retrieval_attn.index.graph_metric import Metric
 from retrieval_attn.index.graph_search import dot_row, pack, unpack_id
-from retrieval_attn.index.page_choose import choose
+from retrieval_attn.index.largest import choose
 from retrieval_attn.index.protocol import Steps
 
 N_CANDIDATES = 64

@@ -8,7 +8,7 @@ import numpy as np
 from retrieval_attn.host import Array, jit, load
 from retrieval_attn.index.dots import prefetch, shift_right
 from retrieval_attn.index.graph_cells import Cells
-from retrieval_attn.index.page_choose import choose
+from retrieval_attn.index.largest import choose
 
 # A beam entry is one integer that sorts best score first, then smallest id: 32 bits of score, 31 of id, and the
 # lowest bit set once the key's links were followed.

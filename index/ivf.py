@@ -203,11 +203,15 @@ class IVFIndex:
         return cls(saved.keys, lists, saved.arrays["mean"], Clustering(**settings), n_seen)
 
 
+def default_lists(n_keys: int) -> int:
+    """Clusters for so many keys: 4 sqrt(S), at most one per 39 keys (what faiss asks for training)."""
+    return max(1, min(int(4 * n_keys**0.5), n_keys // 39))
+
+
 def cluster(keys: Keys, clustering: Clustering, steps: Steps) -> tuple[tuple[Lists, ...], Array]:
     """The lists of every head, and the mean keys (G, D) that were taken off before."""
     n_heads, n_keys, _ = keys.shape
-    default = max(1, min(int(4 * n_keys**0.5), n_keys // 39))
-    nlist = default if clustering.nlist is None else clustering.nlist
+    nlist = default_lists(n_keys) if clustering.nlist is None else clustering.nlist
     means, lists = [], []
     for head in range(n_heads):
         steps.reached(head / n_heads)

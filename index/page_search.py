@@ -5,7 +5,7 @@ import numpy as np
 
 from retrieval_attn.host import Array, jit, load
 from retrieval_attn.index.dots import dot, dots_4x1, dots_4x4, prefetch
-from retrieval_attn.index.page_choose import choose
+from retrieval_attn.index.largest import choose
 from retrieval_attn.index.topk import best_first, offer
 
 # Pages whose summaries are scored before the next queries look at them: they stay in the second-level cache.

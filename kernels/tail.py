@@ -18,8 +18,8 @@ from retrieval_attn.host import Array, jit
 
 from .merge import AttentionState
 
-# Tokens per page, and the pages that a context is cut into when it is long. On keys of trained and of synthetic layers,
-# pages of 16 and of 1024 tokens gave the same error to a few per cent: longer contexts take longer pages, not more.
+# Tokens per page, and the pages that a context is cut into when it is long. Pages of 16 to 1024 tokens gave the same
+# error to 2 % on synthetic vectors, of 64 and 256 to 2 % on trained ones: longer contexts take longer pages, not more.
 PAGE = 256
 MOST_PAGES = 256
 

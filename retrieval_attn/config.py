@@ -23,9 +23,10 @@ class RetrievalConfig:
     effort: search effort of the index (beam width of "graph", lists probed by "ivf"); None lets the index choose
         from `top_k`.
     estimator: what the retrieved keys stand for. "tail" adds the estimated contribution of the keys that were not
-        retrieved, from page means and a covariance (kernels/tail.py): at 128 keys read it halves the error of the
-        output, or better. "lift" retrieves a weighted sample instead of the best keys, unbiased on average
-        (SoftmaxLift). "topk" renormalises over the best keys, as in the paper.
+        retrieved, from page means and a covariance (kernels/tail.py): at 100 keys read, the error of the output was
+        0.38 of that of "topk" on synthetic vectors, 0.24, 0.47 and 0.8 on the layers of the embedded model. "lift"
+        retrieves a weighted sample instead of the best keys, unbiased on average (SoftmaxLift). "topk" renormalises
+        over the best keys, as in the paper.
     mass: None, or the share of the attention mass that retrieval should recover (such as 0.98): each head then reads
         as few keys as this takes by estimate, at least `min_k` and at most `max_k`; `top_k` is where the search begins.
         Not for "lift", whose sample is of fixed size.

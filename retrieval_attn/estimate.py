@@ -74,12 +74,10 @@ def worst_scores(hits: SearchResult, scale: float, n_found: Array) -> Array:
 
 def _sampled(query: Tensor, keys: Tensor, values: Tensor, hits: SearchResult, scale: float, lift: Lift) -> FarState:
     """A priority sample: each key with the weight max(w, tau), where ln tau is the best priority left out."""
-    n_found = np.sum(hits.ids >= 0, axis=-1)
     complete = hits.ids.shape[-1] >= keys.shape[1]
     ids = hits.ids if complete else hits.ids[..., :-1]
-    left_out = (
-        np.full(n_found.shape, -np.inf) if complete else np.where(hits.ids[..., -1] >= 0, hits.scores[..., -1], -np.inf)
-    )
+    # The best priority left out; where fewer were found, the padding's score, -inf.
+    left_out = np.full(ids.shape[:-1], -np.inf) if complete else hits.scores[..., -1]
     threshold = (left_out * scale).astype(np.float32)
     found = attend_far(query, keys, values, ids, scale, share_group=False, threshold=threshold, below="raise")
     R = ids.shape[0] // len(keys)

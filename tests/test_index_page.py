@@ -10,7 +10,7 @@ from test_index_vectors import as_bfloat16, attention_like, recall
 from retrieval_attn.host import as_float32
 from retrieval_attn.index import build_index, load_index, page
 from retrieval_attn.index.keys import Keys
-from retrieval_attn.index.page_choose import choose
+from retrieval_attn.index.largest import choose
 from retrieval_attn.index.page_search import dots_run, score_pages
 from retrieval_attn.index.page_summary import SCORES, Pages, Scheme
 from retrieval_attn.index.protocol import Steps
