@@ -4,6 +4,7 @@ Same names and signatures as the fast ones. Inputs in float64 are computed in fl
 for the rounding of float32 as well.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from retrieval_attn.host import Array
 
+from .knn import NearestKeys
 from .merge import AttentionState, attend
+from .sparse import SparseIndex
 
-__all__ = ["attend_dense", "attend_far", "attend_near", "merge"]
+__all__ = ["attend_dense", "attend_far", "attend_near", "attend_sparse", "listed_keys", "merge", "nearest_keys"]
 
 
 def merge(first: AttentionState, *others: AttentionState) -> AttentionState:
@@ -45,6 +48,28 @@ def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scale: float, caus
     T, S = query.shape[2], keys.shape[2]
     mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T) if causal else None
     return attend_near(query, keys, values, scale, mask)
+
+
+def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, scale: float, index: SparseIndex) -> AttentionState:
+    """Softmax attention under a mask with True where `index` lists a key that does not come after the query."""
+    T, S = query.shape[2], keys.shape[2]
+    position = torch.arange(S - T, S, device=query.device)
+    causal = torch.arange(S, device=query.device) <= position[:, None]
+    listed = listed_keys(index, S).repeat_interleave(index.rows, dim=2)[:, :, :T]
+    return attend_near(query, keys, values, scale, listed & causal)
+
+
+def listed_keys(index: SparseIndex, n_keys: int) -> Tensor:
+    """(B, H, N, S) bool: which keys are listed for each run of queries."""
+    device = index.blocks.device
+    listed = torch.zeros((*index.n_blocks.shape, n_keys), dtype=torch.bool, device=device)
+    within = torch.arange(index.width, device=device)
+    for run in itertools.product(*map(range, index.n_blocks.shape)):
+        starts = index.blocks[run][: index.n_blocks[run]]
+        columns = index.columns[run][: index.n_columns[run]]
+        keys = torch.cat([(starts[:, None] + within).flatten(), columns])
+        listed[run][keys[(keys >= 0) & (keys < n_keys)].long()] = True
+    return listed
 
 
 def attend_far(
@@ -79,6 +104,16 @@ def attend_far(
     else:
         mask = mask & (scores >= limits)
     return attend(scores.masked_fill(~mask, -torch.inf), values)
+
+
+def nearest_keys(queries: Tensor, keys: Tensor, k: int) -> NearestKeys:
+    """The first k of all keys, sorted by inner product; ids of -1 at scores of -inf fill up."""
+    all_keys = _wide(keys).repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
+    scores, ids = (_wide(queries) @ all_keys.mT).sort(dim=-1, descending=True, stable=True)
+    missing = max(0, k - keys.shape[1])
+    scores = torch.nn.functional.pad(scores[..., :k], (0, missing), value=-torch.inf)
+    ids = torch.nn.functional.pad(ids[..., :k], (0, missing), value=-1).masked_fill(scores == -torch.inf, -1)
+    return NearestKeys(ids.int(), scores)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,0 +1,201 @@
+"""The pattern of each head, and how much of it, from what a sample of this call's queries attends to.
+
+A budget of mass in place of fixed sizes: FlexPrefill (arXiv 2502.20766) and XAttention (2503.16428) found it better at
+equal density. The exact attention of queries spread over the call is at hand, so that what a choice would leave out of
+it is known, not modelled. Half of these queries say what to read; the budget must hold for the other half, which had no
+say. Outputs go wrong where a query loses much, so the budget bounds the root mean square over queries of the mass left
+out: its mean is small even if one query in fifty loses everything.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .coverage import Coverage, Layout, list_blocks, list_coverage
+from .patterns import attend_probes, best_blocks, score_blocks
+from .sparse import SparseIndex
+
+# Always read: the first tokens, and the nearest blocks of diagonals beside a query's own.
+N_FIRST, N_NEAR = 64, 1
+
+# Which probes say what to read, and which the budget must hold for.
+FIT, CHECK = slice(0, None, 2), slice(1, None, 2)
+
+# Numbers of columns that are tried, most wanted first. Diagonals make up what is then missing.
+COLUMNS = (0, 16, 64, 256, 1024, 4096)
+
+# A sparse head reads less than this share of the keys; reading more takes as long as dense attention.
+DENSE_FROM = 0.4
+
+# One query in so many is a probe.
+PROBE_EVERY, MOST_PROBES = 32, 64
+
+
+class Choice(NamedTuple):
+    """How one head attends in one call: its pattern, the share of the visible keys that it reads ("dense": 1), and the
+    root mean square over the probes of the mass that this leaves out."""
+
+    kind: str
+    density: float
+    missing: float
+
+
+class Seen(NamedTuple):
+    """What n probes of h heads attend to, beside what is always read.
+
+    probes: (h, n, S) mass, zero where it is always read. blocks: (h, n, blocks), the same in blocks of keys.
+    missing: (h, n), all of it. runs, own: (n,) the run and the block that a probe is in. visible: keys that a probe
+    sees, in the mean.
+    """
+
+    probes: Tensor
+    blocks: Tensor
+    missing: Tensor
+    runs: Tensor
+    own: Tensor
+    visible: float
+
+
+class Offer(NamedTuple):
+    """What a pattern needs to keep within the budget, by head.
+
+    cost: (h,) keys that a query reads, beside those always read; infinite if the budget is out of reach. missing: (h,)
+    root mean square of what is left out. n: (h,) how many diagonals or blocks, of `order` (h, any), best first.
+    columns: (h, C) keys, S for none.
+    """
+
+    cost: Tensor
+    missing: Tensor
+    n: Tensor
+    order: Tensor
+    columns: Tensor
+
+
+def choose(
+    query: Tensor, keys: Tensor, scale: float, mass: float, layout: Layout, kinds: Sequence[str]
+) -> tuple[list[Choice], list[tuple[list[int], SparseIndex]]]:
+    """The cheapest of `kinds` within the budget for each head, and the lists of those heads that are not dense.
+
+    query: (h, T, D); keys: (g, S, D). mass: 1 minus the mass that may be left out, as a root mean square over probes.
+    """
+    seen = look(query, keys, scale, layout)
+    makers = {"a_shape": offer_a_shape, "vertical_slash": offer_vertical_slash}
+    offers = {kind: makers[kind](seen, 1 - mass, layout) for kind in kinds if kind in makers}
+    if "block_sparse" in kinds:
+        offers["block_sparse"] = offer_block_sparse(seen, 1 - mass, layout, score_blocks(query, keys, scale, layout))
+    always = N_FIRST + (N_NEAR + 0.5) * layout.width
+    cost = torch.stack([offer.cost for offer in offers.values()])
+    best = cost.min(0)
+    missing = torch.stack([offer.missing for offer in offers.values()]).gather(0, best.indices[None])[0]
+    names = list(offers)
+    choices = []
+    for i, n_keys, left in zip(best.indices.tolist(), best.values.tolist(), missing.tolist(), strict=True):
+        density = (n_keys + always) / seen.visible
+        choices.append(Choice(names[i], density, left) if density < DENSE_FROM else Choice("dense", 1.0, 0.0))
+    parts = []
+    for kind, offer in offers.items():
+        heads = [h for h, choice in enumerate(choices) if choice.kind == kind]
+        if heads:
+            chosen = Offer(*(x[heads] for x in offer))
+            parts.append((heads, _list_offer(kind, chosen, layout)))
+    return choices, parts
+
+
+def look(query: Tensor, keys: Tensor, scale: float, layout: Layout) -> Seen:
+    """Attend with a sample of the queries (h, T, D), evenly spread, to keys (g, S, D)."""
+    T, S, width = layout.T, layout.S, layout.width
+    n = max(2, min(MOST_PROBES, T // PROBE_EVERY))
+    device = query.device
+    rows = T - 1 - torch.arange(n - 1, -1, -1, device=device) * (T // n)
+    probes = attend_probes(query, keys, scale, rows)
+    own = layout.n_before + rows // width
+    near = layout.first_key + (own - N_NEAR) * width
+    position = torch.arange(S, device=device)
+    probes.masked_fill_((position >= near[:, None]) | (position < N_FIRST), 0)
+    padded = torch.nn.functional.pad(probes, (-layout.first_key, (layout.first_key - S) % width))
+    blocks = padded.view(*probes.shape[:2], -1, width).sum(3)
+    visible = layout.past + float(rows.float().mean()) + 1
+    return Seen(probes, blocks, blocks.sum(2), rows // layout.rows, own, visible)
+
+
+def offer_a_shape(seen: Seen, budget: float, layout: Layout) -> Offer:
+    """The nearest diagonals, without a gap."""
+    by_distance = _by_distance(seen.blocks, seen.own)
+    nearest = torch.arange(by_distance.shape[2], device=by_distance.device).expand(len(by_distance), -1)
+    return _take(by_distance, nearest, seen.missing, budget, layout)
+
+
+def offer_vertical_slash(seen: Seen, budget: float, layout: Layout) -> Offer:
+    """Some columns, and the diagonals that they leave wanting; the cheapest of a few numbers of columns."""
+    # Queries that miss more have more to say.
+    wanted = torch.einsum("hn,hns->hs", seen.missing[:, FIT], seen.probes[:, FIT])
+    top = wanted.topk(min(COLUMNS[-1], layout.S), dim=1)
+    taken = seen.probes.gather(2, top.indices[:, None].expand(-1, seen.probes.shape[1], -1))
+    at = torch.div(top.indices - layout.first_key, layout.width, rounding_mode="floor")[:, None].expand_as(taken)
+    columns = torch.where(top.values > 0, top.indices, layout.S)
+    blocks, missing, best, done = seen.blocks.clone(), seen.missing, None, 0
+    for n in sorted({min(n, columns.shape[1]) for n in COLUMNS}):
+        blocks.scatter_add_(2, at[:, :, done:n], -taken[:, :, done:n])
+        missing = missing - taken[:, :, done:n].sum(2)
+        by_distance = _by_distance(blocks, seen.own)
+        order = torch.einsum("hn,hnd->hd", missing[:, FIT], by_distance[:, FIT]).argsort(dim=1, descending=True)
+        offer = _take(by_distance, order, missing, budget, layout)
+        offer = offer._replace(cost=offer.cost + n, columns=columns.where(_counted(columns, n), layout.S))
+        best, done = offer if best is None else _cheaper(best, offer), n
+    assert best is not None
+    return best
+
+
+def offer_block_sparse(seen: Seen, budget: float, layout: Layout, scores: Tensor) -> Offer:
+    """As many blocks for every run, those whose mean key its mean query likes best; scores: (h, N, blocks)."""
+    order = scores[:, seen.runs].argsort(dim=2, descending=True)
+    offer = _take(seen.blocks.gather(2, order), None, seen.missing, budget, layout)
+    return offer._replace(order=scores)
+
+
+def _by_distance(blocks: Tensor, own: Tensor) -> Tensor:
+    """(h, n, distances) from (h, n, blocks), of probes in blocks `own`: distance 0 is their own block."""
+    at = own[:, None] - torch.arange(blocks.shape[2], device=blocks.device)
+    found = blocks.gather(2, at.clamp_min(0).expand(len(blocks), -1, -1))
+    return found * (at >= 0)
+
+
+def _take(parts: Tensor, order: Tensor | None, missing: Tensor, budget: float, layout: Layout) -> Offer:
+    """As many parts (h, n, any), in order, as bring the mass that is missing (h, n) within the budget."""
+    parts, missing = parts[:, CHECK], missing[:, CHECK]
+    if order is not None:
+        parts = parts.gather(2, order[:, None].expand_as(parts))
+    left = torch.cat([missing[..., None], missing[..., None] - parts.cumsum(2)], dim=2)
+    left = left.clamp_min_(0).square_().mean(1).sqrt_()  # [h, any + 1]
+    within = left <= budget
+    n = torch.where(within.any(1), within.float().argmax(1), left.shape[1] - 1)
+    cost = torch.where(within.any(1), (n * layout.width).float(), torch.inf)
+    none = n.new_empty((len(n), 0))
+    return Offer(cost, left.gather(1, n[:, None])[:, 0], n, none if order is None else order, none)
+
+
+def _counted(x: Tensor, n: Tensor | int) -> Tensor:
+    """True in the first n places of each row of x (h, any)."""
+    limit = n[:, None] if isinstance(n, Tensor) else n
+    return (torch.arange(x.shape[1], device=x.device) < limit).expand_as(x)
+
+
+def _cheaper(first: Offer, second: Offer) -> Offer:
+    """The cheaper of two, head by head."""
+    wins = second.cost < first.cost
+    return Offer(
+        *(torch.where(wins if a.ndim == 1 else wins[:, None], b, a) for a, b in zip(first, second, strict=True))
+    )
+
+
+def _list_offer(kind: str, offer: Offer, layout: Layout) -> SparseIndex:
+    if kind == "block_sparse":
+        return list_blocks(best_blocks(offer.order, offer.n, layout), layout)
+    diagonals = torch.zeros((len(offer.n), layout.n_blocks), dtype=torch.bool, device=offer.n.device)
+    chosen = _counted(offer.order, offer.n)
+    diagonals.scatter_(1, offer.order, chosen)
+    diagonals[:, : 1 + N_NEAR] = True
+    first = torch.arange(min(N_FIRST, layout.S), device=offer.n.device).expand(len(offer.n), -1)
+    return list_coverage(Coverage(diagonals, torch.cat([first, offer.columns], dim=1)), layout)

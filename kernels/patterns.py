@@ -1,0 +1,154 @@
+"""The three patterns of sparse prefill (MInference, arXiv 2407.02490, section 3.2) as lists of keys, with fixed sizes.
+
+"a_shape": the first tokens and the last ones. "vertical_slash": columns and diagonals of the attention matrix, seen in
+the exact attention of the last queries. "block_sparse": blocks whose mean key looks best to the run's mean query.
+What they list, they list for all runs of one call: the newest queries speak for those before them, so a long prompt is
+done in chunks. adaptive.py chooses sizes, and the pattern, by what a sample of the queries attends to.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .coverage import Coverage, Layout, list_blocks, list_coverage
+from .sparse import SparseIndex
+
+KINDS = ("a_shape", "vertical_slash", "block_sparse", "dense")
+
+# Queries that an estimate of columns and diagonals looks at; the paper's 64, the last ones.
+N_PROBES = 64
+
+# Always read by "vertical_slash": the first tokens, and the nearest diagonals, in tokens.
+N_FIRST, N_RECENT = 30, 100
+
+
+class HeadPattern(NamedTuple):
+    """How one query head attends during prefill.
+
+    kind: one of `KINDS`. vertical, slash: of "a_shape" the first and the last tokens that are read; of "vertical_slash"
+    how many columns and how many diagonals; of "block_sparse" how many blocks of 64 keys, with those it must read.
+    """
+
+    kind: str
+    vertical: int = 0
+    slash: int = 0
+
+
+# The paper's sizes: a budget of 1024 + 4096 keys.
+DEFAULT_SIZES = {
+    "a_shape": HeadPattern("a_shape", 1024, 4096),
+    "vertical_slash": HeadPattern("vertical_slash", 1000, 6096),
+    "block_sparse": HeadPattern("block_sparse", 100),
+    "dense": HeadPattern("dense"),
+}
+
+
+def check_patterns(patterns: Sequence[HeadPattern], n_heads: int) -> None:
+    """Raises ValueError unless there is one pattern per head, of a known kind and sizes of at least 0."""
+    if len(patterns) != n_heads:
+        raise ValueError(f"there must be one pattern per query head ({n_heads}), got {len(patterns)}")
+    for head, pattern in enumerate(patterns):
+        if pattern.kind not in KINDS:
+            raise ValueError(f"head {head}: kind must be one of {', '.join(KINDS)}, got {pattern.kind!r}")
+        if pattern.vertical < 0 or pattern.slash < 0:
+            raise ValueError(f"head {head}: sizes must be at least 0, got {pattern.vertical} and {pattern.slash}")
+
+
+def fixed_index(query: Tensor, keys: Tensor, scale: float, pattern: HeadPattern, layout: Layout) -> SparseIndex:
+    """What heads of one pattern read. query: (h, T, D); keys: (g, S, D); KV head of query head i is i // (h // g)."""
+    if pattern.kind == "a_shape":
+        return list_coverage(a_shape(pattern, len(query), layout, query.device), layout)
+    if pattern.kind == "vertical_slash":
+        return list_coverage(vertical_slash(query, keys, scale, pattern, layout), layout)
+    return list_blocks(block_sparse(query, keys, scale, pattern.vertical, layout), layout)
+
+
+def a_shape(pattern: HeadPattern, n_heads: int, layout: Layout, device: torch.device | str = "cpu") -> Coverage:
+    """The first `vertical` tokens, and at least the last `slash` tokens before each query."""
+    diagonals = torch.zeros((n_heads, layout.n_blocks), dtype=torch.bool, device=device)
+    diagonals[:, : 1 + -(-pattern.slash // layout.width)] = True
+    columns = torch.arange(min(pattern.vertical, layout.S), device=device)
+    return Coverage(diagonals, columns.expand(n_heads, -1))
+
+
+def vertical_slash(query: Tensor, keys: Tensor, scale: float, pattern: HeadPattern, layout: Layout) -> Coverage:
+    """The columns and diagonals that hold most of the attention of the last 64 queries, and the nearest of both.
+
+    A diagonal is read as the one or two blocks of diagonals that hold it.
+    """
+    probes = attend_probes(query, keys, scale, torch.arange(max(0, layout.T - N_PROBES), layout.T, device=query.device))
+    columns, slashes = probes.sum(1), sum_diagonals(probes)
+    columns[:, :N_FIRST] = torch.inf
+    slashes[:, :N_RECENT] = torch.inf
+    n_columns = min(max(pattern.vertical, N_FIRST), layout.S)
+    n_slashes = min(max(pattern.slash, N_RECENT), layout.S)
+    chosen = columns.topk(n_columns, dim=1).indices.sort(dim=1).values
+    distances = slashes.topk(n_slashes, dim=1).indices
+    return Coverage(blocks_at(distances, layout), chosen)
+
+
+def block_sparse(query: Tensor, keys: Tensor, scale: float, n_best: int, layout: Layout) -> Tensor:
+    """(h, N, blocks) bool: for each run its own blocks, the first, and those that look best in the mean: `n_best`."""
+    scores = score_blocks(query, keys, scale, layout)
+    return best_blocks(scores, torch.full((len(scores),), n_best, device=query.device), layout)
+
+
+def best_blocks(scores: Tensor, n_best: Tensor, layout: Layout) -> Tensor:
+    """(h, N, blocks) bool: the n_best (h,) blocks of each run by `scores`, and in any case those that it must read."""
+    rank = scores.argsort(dim=2, descending=True).argsort(dim=2)
+    return (rank < n_best[:, None, None]) & (scores > -torch.inf) | (scores == torch.inf)
+
+
+def attend_probes(query: Tensor, keys: Tensor, scale: float, rows: Tensor) -> Tensor:
+    """(h, n, S) float32: the exact causal softmax of the queries at `rows` of (h, T, D) over keys (g, S, D)."""
+    (g, S, D), (h, T) = keys.shape, query.shape[:2]
+    folded = (query[:, rows].float() * scale).reshape(g, -1, D)
+    scores = (folded @ keys.float().mT).view(h, -1, S)
+    future = torch.arange(S, device=keys.device) > rows[:, None] + (S - T)
+    return scores.masked_fill_(future, -torch.inf).softmax(-1)
+
+
+def sum_diagonals(probes: Tensor) -> Tensor:
+    """(h, S): of consecutive queries, the last of which is at S - 1, the sum at each distance from the query."""
+    h, n, S = probes.shape
+    # Each row is written one place further left than the one below it: diagonals become columns.
+    skewed = probes.new_zeros((h, n * (S + n)))
+    skewed.as_strided((h, n, S), (n * (S + n), S + n - 1, 1), n - 1).copy_(probes)
+    return skewed.view(h, n, S + n).sum(1)[:, :S].flip(1)
+
+
+def blocks_at(distances: Tensor, layout: Layout) -> Tensor:
+    """(h, distances in blocks) bool: the blocks of diagonals that hold the distances (h, n) in tokens."""
+    diagonals = torch.zeros((len(distances), layout.n_blocks + 1), dtype=torch.bool, device=distances.device)
+    # Queries of a block that look `distance` back look into two blocks, unless it is a whole number of blocks.
+    for blocks in (distances // layout.width, (distances + layout.width - 1) // layout.width):
+        diagonals.scatter_(1, blocks.clamp_max(layout.n_blocks), True)
+    return diagonals[:, : layout.n_blocks]
+
+
+def score_blocks(query: Tensor, keys: Tensor, scale: float, layout: Layout) -> Tensor:
+    """(h, N, blocks) float32: how the mean query of each run likes the mean key of each block.
+
+    Infinite for blocks that must be read: the run's own, the one before it, and that of the first key; -inf for blocks
+    that the run does not see.
+    """
+    queries = _means(query, 0, layout.rows)
+    centres = _means(keys, -layout.first_key, layout.width).repeat_interleave(len(query) // len(keys), dim=0)
+    block = torch.arange(centres.shape[1], device=keys.device)
+    span = layout.rows // layout.width
+    own = layout.n_before + span * torch.arange(queries.shape[1], device=keys.device)[:, None]
+    scores = (queries * scale) @ centres.mT
+    scores.masked_fill_((block >= own - 1) | (block == 0), torch.inf)
+    return scores.masked_fill_(block >= own + span, -torch.inf)
+
+
+def _means(x: Tensor, n_missing: int, size: int) -> Tensor:
+    """(h, blocks, D) float32 means of runs of `size` rows of (h, n, D), before which n_missing rows are wanting."""
+    h, n, D = x.shape
+    n_after = -(n + n_missing) % size
+    padded = torch.nn.functional.pad(x.float(), (0, 0, n_missing, n_after))
+    sums = padded.view(h, -1, size, D).sum(2)
+    counts = torch.nn.functional.pad(x.new_ones(n, dtype=torch.float32), (n_missing, n_after)).view(-1, size).sum(1)
+    return sums / counts[:, None]

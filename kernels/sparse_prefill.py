@@ -1,0 +1,99 @@
+"""Sparse causal attention of a chunk of a prompt: each head by a given pattern, or by the cheapest that suffices."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adaptive import MOST_PROBES, Choice, choose
+from .coverage import Layout, stack_heads
+from .merge import AttentionState
+from .patterns import KINDS, HeadPattern, check_patterns, fixed_index
+from .prefill import attend_dense
+from .sparse import SparseIndex, attend_sparse, check_causal
+
+SPARSE_KINDS = KINDS[:3]
+
+# Bytes of the probes' attention held at once: a CPU's cache is small, a GPU's launches are dear.
+PROBED_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
+
+
+def attend_patterns(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, patterns: Sequence[HeadPattern]
+) -> AttentionState:
+    """Causal attention of each query head by a pattern of given sizes; "dense" is one of them.
+
+    query: (B, H, T, D), the last T of S positions; keys, values: (B, G, S, D); devices, dtypes, result and errors as of
+    `attend_sparse`. patterns: one for each of the H heads, or ValueError.
+    """
+    check_causal(query, keys, values)
+    H, T = query.shape[1:3]
+    check_patterns(patterns, H)
+    R, layout = H // keys.shape[1], Layout(T, keys.shape[2])
+
+    def lists(b: int) -> list[tuple[list[int], SparseIndex]]:
+        found = []
+        for pattern in dict.fromkeys(pattern for pattern in patterns if pattern.kind != "dense"):
+            heads = [h for h, other in enumerate(patterns) if other == pattern]
+            seen = keys[b] if len(heads) == H else keys[b, [h // R for h in heads]]
+            found.append((heads, fixed_index(query[b, heads], seen, scale, pattern, layout)))
+        return found
+
+    return _attend_rows(query, keys, values, scale, [lists(b) if T else [] for b in range(len(query))])
+
+
+def attend_adaptive(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, mass: float, kinds: Sequence[str] = SPARSE_KINDS
+) -> tuple[AttentionState, list[Choice]]:
+    """Causal attention of each query head by the cheapest pattern that keeps enough of the attention.
+
+    Shapes, devices, dtypes and errors as of `attend_patterns`. mass: above 0 and below 1; the mass left out is at most
+    1 - mass, as a root mean square over a sample of the queries. kinds: the patterns to choose from; a head for which
+    none is worth its while is dense. Returns the state and the B * H choices.
+    """
+    check_causal(query, keys, values)
+    if not 0 < mass < 1:
+        raise ValueError(f"mass must be above 0 and below 1 (a share of the attention mass), got {mass!r}")
+    if not kinds or not set(kinds) <= set(SPARSE_KINDS):
+        raise ValueError(f"kinds must be some of {', '.join(SPARSE_KINDS)}, got {', '.join(map(str, kinds)) or 'none'}")
+    (B, H, T, _), (G, S) = query.shape, keys.shape[1:3]
+    R, layout = H // G, Layout(T, S)
+    groups = max(1, PROBED_BYTES.get(query.device.type, 1 << 25) // (4 * MOST_PROBES * R * max(S, 1)))
+    choices: list[Choice] = []
+    rows = []
+    for b in range(B):
+        lists: list[tuple[list[int], SparseIndex]] = []
+        for g in range(0, G if T else 0, groups):
+            some = slice(g * R, (g + groups) * R)
+            chosen, found = choose(query[b, some], keys[b, g : g + groups], scale, mass, layout, kinds)
+            choices += chosen
+            lists += [([g * R + h for h in heads], index) for heads, index in found]
+        rows.append(lists)
+    return _attend_rows(query, keys, values, scale, rows), choices
+
+
+def _attend_rows(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, rows: list[list[tuple[list[int], SparseIndex]]]
+) -> AttentionState:
+    """Row by row of the batch, each with the lists of its heads; heads without a list are dense."""
+    states = [
+        _attend_row(query[b : b + 1], keys[b : b + 1], values[b : b + 1], scale, lists) for b, lists in enumerate(rows)
+    ]
+    if len(states) == 1:
+        return states[0]
+    return AttentionState(torch.cat([state.out for state in states]), torch.cat([state.lse for state in states]))
+
+
+def _attend_row(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, lists: list[tuple[list[int], SparseIndex]]
+) -> AttentionState:
+    if not lists:
+        return attend_dense(query, keys, values, scale, causal=True)
+    H = query.shape[1]
+    state = attend_sparse(query, keys, values, scale, stack_heads(lists, H))
+    dense = sorted(set(range(H)) - {h for heads, _ in lists for h in heads})
+    if dense:
+        kv = [h // (H // keys.shape[1]) for h in dense]
+        exact = attend_dense(query[:, dense], keys[:, kv], values[:, kv], scale, causal=True)
+        state.out[:, dense], state.lse[:, dense] = exact
+    return state
