@@ -7,6 +7,7 @@ say. Outputs go wrong where a query loses much, so the budget bounds the root me
 out: its mean is small even if one query in fifty loses everything.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from .sparse import SparseIndex
 
 # Always read: the first tokens, and the nearest blocks of diagonals beside a query's own.
 N_FIRST, N_NEAR = 64, 1
+
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 # Which probes say what to read, and which the budget must hold for.
 FIT, CHECK = slice(0, None, 2), slice(1, None, 2)
@@ -46,13 +49,14 @@ class Seen(NamedTuple):
     """What n probes of h heads attend to, beside what is always read.
 
     probes: (h, n, S) mass, zero where it is always read. blocks: (h, n, blocks), the same in blocks of keys.
-    missing: (h, n), all of it. runs, own: (n,) the run and the block that a probe is in. visible: keys that a probe
-    sees, in the mean.
+    missing: (h, n), all of it. rows: (n,) which queries the probes are; runs, own: the run and the block of each.
+    visible: keys that a probe sees, in the mean.
     """
 
     probes: Tensor
     blocks: Tensor
     missing: Tensor
+    rows: Tensor
     runs: Tensor
     own: Tensor
     visible: float
@@ -108,7 +112,7 @@ def look(query: Tensor, keys: Tensor, scale: float, layout: Layout) -> Seen:
     T, S, width = layout.T, layout.S, layout.width
     n = max(2, min(MOST_PROBES, T // PROBE_EVERY))
     device = query.device
-    rows = T - 1 - torch.arange(n - 1, -1, -1, device=device) * (T // n)
+    rows = probe_rows(T, n, width, device)
     probes = attend_probes(query, keys, scale, rows)
     own = layout.n_before + rows // width
     near = layout.first_key + (own - N_NEAR) * width
@@ -117,7 +121,20 @@ def look(query: Tensor, keys: Tensor, scale: float, layout: Layout) -> Seen:
     padded = torch.nn.functional.pad(probes, (-layout.first_key, (layout.first_key - S) % width))
     blocks = padded.view(*probes.shape[:2], -1, width).sum(3)
     visible = layout.past + float(rows.float().mean()) + 1
-    return Seen(probes, blocks, blocks.sum(2), rows // layout.rows, own, visible)
+    return Seen(probes, blocks, blocks.sum(2), rows, rows // layout.rows, own, visible)
+
+
+def probe_rows(T: int, n: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """(n,) one query in each n-th of T.
+
+    Those that say what to read stand by turns near the first and the last place of their block, where one diagonal of
+    keys lies in two blocks of diagonals; those that check stand anywhere.
+    """
+    stretch = torch.arange(n, device=device, dtype=torch.float64)
+    rows = ((stretch + (stretch * GOLDEN) % 1) * (T / n)).long()
+    ends = rows // width * width + torch.where(stretch % 4 == 0, min(2, width - 1), max(0, width - 3))
+    rows[FIT] = ends[FIT].clamp_max(T - 1)
+    return rows
 
 
 def offer_a_shape(seen: Seen, budget: float, layout: Layout) -> Offer:

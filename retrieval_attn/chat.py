@@ -62,6 +62,8 @@ def stats_line(stats: "generate.GenerationStats") -> str:
     if stats.new_tokens:
         parts.append(f"TTFT {stats.ttft_s:.1f} s")
     parts.append(f"prompt {count(stats.prompt_tokens)} ({count(stats.reused_tokens)} cached)")
+    if stats.prefill_read is not None and stats.prefill_read < 1:
+        parts.append(f"prefill read {100 * stats.prefill_read:.0f} %")
     if stats.visited_fraction:
         parts.append(f"keys read {100 * stats.visited_fraction:.1f} %")
     if stats.recovered_mass is not None and stats.recovered_mass < 1:

@@ -7,6 +7,8 @@ INDEX_KINDS = ("exact", "ivf", "graph", "scan", "page", "auto")
 
 ESTIMATORS = ("topk", "lift", "tail")
 
+PREFILLS = ("auto", "dense", "a_shape", "vertical_slash", "block_sparse")
+
 
 @dataclass(frozen=True)
 class RetrievalConfig:
@@ -38,6 +40,16 @@ class RetrievalConfig:
         last 256 queries are kept beside them.
     exact_below: a far context shorter than this is scanned exactly instead of indexed, because building would cost
         more than it saves. 0 always builds.
+    prefill: how a prompt attends to itself. "dense" is exact. "auto" lets each head leave out what a sample of its
+        queries hardly attends to, by the cheapest of the three patterns, in chunks that have at least `dense_below`
+        keys before their end; heads for which nothing pays stay dense. "a_shape", "vertical_slash" and "block_sparse"
+        give every head that pattern at the sizes of MInference's paper, and the path of a .json file (from
+        `retrieval-attn search-patterns`, or as MInference publishes them) gives each head its own. Turns of fewer than
+        512 tokens, and the last tokens of a prompt, are exact in any case.
+    prefill_mass: of "auto", the share of the attention mass that is kept; what is left out is at most 1 - prefill_mass,
+        as a root mean square over the sampled queries, which is about the relative error of the output.
+    dense_below: of "auto", where sparse attention begins to pay, in tokens; None measures it once on the device, and
+        is never below 8192.
     prefill_chunk: prompt tokens per forward pass; bounds the memory of activations.
     prefill_tile: earlier keys that one attention call of prefill sees; bounds what is on the device at once.
     seed: makes index builds repeatable.
@@ -58,6 +70,9 @@ class RetrievalConfig:
     verify_every: int = 0
     share_group: bool = True
     build_queries: int = 1024
+    prefill: str = "dense"
+    prefill_mass: float = 0.98
+    dense_below: int | None = None
     exact_below: int = 2048
     prefill_chunk: int = 2048
     prefill_tile: int = 65536
@@ -69,12 +84,13 @@ class RetrievalConfig:
             raise ValueError(f"index must be one of {', '.join(map(repr, INDEX_KINDS))}, got {self.index!r}")
         for name, least in _LEAST.items():
             _check_integer(name, getattr(self, name), least)
-        for name in ("effort", "threads"):
+        for name in ("effort", "threads", "dense_below"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {self.estimator!r}")
         self._check_mass()
+        self._check_prefill()
         if not isinstance(self.share_group, bool):
             raise ValueError(f"share_group must be True or False, got {self.share_group!r}")
 
@@ -83,11 +99,16 @@ class RetrievalConfig:
             raise ValueError(f"min_k must be at most max_k ({self.max_k}), got {self.min_k}")
         if self.mass is None:
             return
-        number = isinstance(self.mass, int | float) and not isinstance(self.mass, bool)
-        if not number or not 0 < self.mass < 1:
-            raise ValueError(f"mass must be above 0 and below 1 (a share of the attention mass), got {self.mass!r}")
+        _check_share("mass", self.mass)
         if self.estimator == "lift":
             raise ValueError("mass must be None with estimator 'lift', whose sample is of fixed size; use 'tail'")
+
+    def _check_prefill(self) -> None:
+        _check_share("prefill_mass", self.prefill_mass)
+        # Whether the file is there is found out when a model is at hand to read it for.
+        if not isinstance(self.prefill, str) or (self.prefill not in PREFILLS and not self.prefill.endswith(".json")):
+            allowed = ", ".join(map(repr, PREFILLS))
+            raise ValueError(f"prefill must be one of {allowed}, or the path of a .json file, got {self.prefill!r}")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> "RetrievalConfig":
@@ -112,6 +133,11 @@ _LEAST = {
     "prefill_tile": 1,
     "seed": 0,
 }
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{name} must be above 0 and below 1 (a share of the attention mass), got {value!r}")
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

@@ -1,6 +1,7 @@
 """The path of one request: prefill in chunks, builds in the background, then token after token."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.decode import StepClock
 from retrieval_attn.hf import RetrievalCache
+from retrieval_attn.prefill import EXACT_TAIL
 
 REPORT_EVERY_S = 0.2
 
@@ -62,6 +65,8 @@ class GenerationStats:
     in use ("exact" while a context is shorter than `exact_below`); empty without far keys. index_reason: why.
     keys_per_head: far keys that a query head used in a step, on average. recovered_mass: share of the attention that
     these and the window hold, by the estimator's own account (1 for "topk", which knows no rest).
+    prefill_read: share of the keys before a prompt's tokens that their heads read (1: exact); None without a prompt, or
+    with patterns of fixed sizes. prefill_patterns: share of heads and chunks by pattern.
     verified_steps: layer-steps that were also computed exactly (`verify_every`); over them verified_error and
     verified_worst_error, the relative L2 error of the output, mean and largest; verified_recall, the share of the best
     keys that was found; verified_mass, the share of the attention that what was read truly holds. None without any.
@@ -80,6 +85,8 @@ class GenerationStats:
     visited_fraction: float = 0.0
     keys_per_head: float = 0.0
     recovered_mass: float | None = None
+    prefill_read: float | None = None
+    prefill_patterns: dict[str, float] = field(default_factory=dict)
     verified_steps: int = 0
     verified_error: float | None = None
     verified_worst_error: float | None = None
@@ -192,6 +199,7 @@ class Request:
         stats, cache = self.stats, self.cache
         stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
         cache.use_threads()
+        cache.reset_clocks()
         try:
             self._prefill(ids[stats.reused_tokens :], want_logits=False)
             cache.start_builds()
@@ -200,18 +208,19 @@ class Request:
             self._summarise()
 
     def _prefill(self, ids: list[int], want_logits: bool = True) -> Tensor:
-        """Run the missing tokens exactly; returns the logits (1, V) of the last one, if wanted."""
+        """Run the missing tokens, chunk by chunk; returns the logits (1, V) of the last one, if wanted."""
         started, logits = time.perf_counter(), torch.empty(0)
-        chunk, n = self.cache.config.prefill_chunk, len(ids)
+        n, done = len(ids), 0
         self._on_progress(Progress("prefill", 0, n))
         with self.cache.exact():
-            for start in range(0, n, chunk):
-                part = torch.tensor([ids[start : start + chunk]], device=self.model.device)
-                if want_logits and start + chunk >= n:
+            for stop in chunk_ends(n, self.cache.config):
+                part = torch.tensor([ids[done:stop]], device=self.model.device)
+                if want_logits and stop == n:
                     logits = self._forward(part)
                 else:
                     self.model.base_model(input_ids=part, past_key_values=self.cache, use_cache=True)
-                self._on_progress(Progress("prefill", min(n, start + chunk), n))
+                done = stop
+                self._on_progress(Progress("prefill", done, n))
         self.stats.prefill_s = time.perf_counter() - started
         return logits
 
@@ -252,6 +261,7 @@ class Request:
             stats.keys_per_head = sum(clock.used for clock in clocks) / steps
             stats.recovered_mass = sum(clock.recovered for clock in clocks) / steps
         self._summarise_checks(clocks)
+        self._summarise_prefill()
         stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
         stats.host_kv_bytes = sum(memory.store.nbytes for memory in cache.memories)
         stats.device_kv_bytes = sum(memory.window.nbytes for memory in cache.memories)
@@ -263,12 +273,32 @@ class Request:
         if self.model.device.type == "cuda":
             stats.peak_device_bytes = torch.cuda.max_memory_allocated(self.model.device)
 
+    def _summarise_prefill(self) -> None:
+        policies = [layer.policy for layer in self.cache.retrieval_layers]
+        if visible := sum(policy.n_visible for policy in policies):
+            self.stats.prefill_read = sum(policy.n_read for policy in policies) / visible
+        kinds = sum((policy.kinds for policy in policies), Counter())
+        self.stats.prefill_patterns = {kind: n / kinds.total() for kind, n in kinds.most_common()}
+
     def _summarise_checks(self, clocks: Sequence[StepClock]) -> None:
         n = self.stats.verified_steps = sum(clock.checks for clock in clocks)
         if n:
             for part in ("error", "recall", "mass"):
                 setattr(self.stats, f"verified_{part}", sum(getattr(clock, part) for clock in clocks) / n)
             self.stats.verified_worst_error = max(clock.worst_error for clock in clocks)
+
+
+def chunk_ends(n_tokens: int, config: RetrievalConfig) -> list[int]:
+    """Where the chunks of a prompt end; if prefill may be sparse, its last tokens are a chunk of their own, an exact one.
+
+    >>> chunk_ends(5000, RetrievalConfig(prefill="auto"))
+    [2048, 4096, 4744, 5000]
+    """
+    tail = 0 if config.prefill == "dense" else min(EXACT_TAIL, n_tokens)
+    body = n_tokens - tail
+    ends = [*range(config.prefill_chunk, body, config.prefill_chunk), body]
+    ends += [*range(body + config.prefill_chunk, n_tokens, config.prefill_chunk), n_tokens]
+    return sorted({end for end in ends if end > 0})
 
 
 def follow_builds(cache: RetrievalCache, on_progress: OnProgress) -> None:

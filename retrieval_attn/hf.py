@@ -7,7 +7,7 @@ contracts.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -24,12 +24,13 @@ from retrieval_attn.compat import (
     query_length,
     sdpa_mask,
 )
-from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.decode import StepClock, decode
 from retrieval_attn.host import require_safe_threads, set_threads
-from retrieval_attn.kernels import AttentionState
+from retrieval_attn.kernels import AttentionState, HeadPattern
 from retrieval_attn.memory import LayerMemory, LayerShape
-from retrieval_attn.prefill import prefill
+from retrieval_attn.patterns import load_patterns
+from retrieval_attn.prefill import PrefillPolicy, prefill
 
 NAME = "retrieval"
 
@@ -107,12 +108,42 @@ def _is_sliding(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     return kinds is not None and index is not None and kinds[index] in ("sliding_attention", "chunked_attention")
 
 
+@contextmanager
+def watched_attention(model: Any, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Inside, the full-attention layers of a model call `function`; at the end all is as it was, whatever happened.
+
+    function: as transformers' attention interface, see `attend`; with all keys and values of the cache in use, or of
+    this pass if there is none, and with stock masks: None where causality says it all. Sliding-window layers go to
+    stock sdpa. Not for a model that another thread uses meanwhile.
+    """
+
+    def watched(module: torch.nn.Module, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        chosen = ALL_ATTENTION_FUNCTIONS["sdpa"] if _is_sliding(module, kwargs) else function
+        return chosen(module, *inputs, **kwargs)
+
+    name, before = f"watched-{id(model):x}", model.config._attn_implementation
+    AttentionInterface.register(name, watched)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        try:
+            model.set_attn_implementation(before)
+        finally:
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                interface._global_mapping.pop(name, None)
+
+
 class RetrievalLayer(DynamicLayer):
     """A full-attention cache layer whose tokens live in `LayerMemory`, one per sequence of the batch."""
 
-    def __init__(self, config: RetrievalConfig, capacity: int, n_layers: int = 1) -> None:
+    def __init__(
+        self, config: RetrievalConfig, capacity: int, n_layers: int = 1, policy: PrefillPolicy | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.policy = policy or PrefillPolicy(config)
         self.n_layers = n_layers
         self.memories: list[LayerMemory] = []
         self.clock = StepClock()
@@ -173,7 +204,7 @@ class RetrievalLayer(DynamicLayer):
         memory.scale = scale
         if exact:
             memory.forget_step()
-            return prefill(query, keys, values, memory, scale)
+            return prefill(query, keys, values, memory, scale, self.policy)
         memory.append(query, keys, values)
         if memory.wants_build():
             self.before_decode()
@@ -268,8 +299,8 @@ class RetrievalCache(DynamicCache):
         cache = RetrievalCache(model.config, RetrievalConfig(top_k=100))
         model.generate(ids, past_key_values=cache)
 
-    Several tokens at once attend exactly, a single token retrieves; `exact()` makes single tokens exact too. Not for
-    use from two threads at once.
+    Several tokens at once attend exactly, or as `config.prefill` says; a single token retrieves, or is exact, too,
+    inside `exact()`. Not for use from two threads at once.
 
     Raises ValueError for models whose attention cannot be served, by name.
     """
@@ -282,8 +313,8 @@ class RetrievalCache(DynamicCache):
         # Exact type: subclasses are other kinds of layer.
         ours = [type(layer) is DynamicLayer for layer in self.layers]
         self.layers: list[Any] = [
-            RetrievalLayer(config, capacity, sum(ours)) if mine else layer
-            for layer, mine in zip(self.layers, ours, strict=True)
+            RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
+            for layer, mine, own in zip(self.layers, ours, _patterns(model_config, config), strict=True)
         ]
         self.config = config
         if not self.retrieval_layers:
@@ -392,9 +423,10 @@ class RetrievalCache(DynamicCache):
                 layer.crop(-max(0, extra))
 
     def reset_clocks(self) -> None:
-        """Start the measurement of steps anew."""
+        """Start the measurement of steps and of prefill anew."""
         for layer in self.retrieval_layers:
             layer.clock = StepClock()
+            layer.policy.reset()
 
 
 def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:
@@ -442,6 +474,14 @@ _NO_ATTENTION = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
 
 def _model_type(model_config: Any) -> str:
     return str(getattr(model_config, "model_type", type(model_config).__name__))
+
+
+def _patterns(model_config: Any, config: RetrievalConfig) -> Sequence[Sequence[HeadPattern] | None]:
+    """The patterns of each layer of the model, if the config names a file of them."""
+    text = model_config.get_text_config(decoder=True)
+    if config.prefill in PREFILLS:
+        return [None] * text.num_hidden_layers
+    return load_patterns(config.prefill, text.num_hidden_layers, text.num_attention_heads)
 
 
 def _max_positions(model_config: Any) -> int | None:

@@ -1,23 +1,130 @@
-"""Exact attention of a chunk of new tokens over everything before it, however much that is."""
+"""Attention of a chunk of new tokens over everything before it: exact, or sparse as the config says."""
 
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from retrieval_attn.kernels import AttentionState, attend_dense, merge
+from retrieval_attn.break_even import LEAST, break_even
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.kernels import AttentionState, HeadPattern, attend_adaptive, attend_dense, attend_patterns, merge
+from retrieval_attn.kernels.patterns import DEFAULT_SIZES
 from retrieval_attn.memory import LayerMemory
 
+# Fewer new tokens than this are exact: they cost little, and a question is worth it.
+FEWEST_SPARSE = 512
 
-def prefill(query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory, scale: float) -> AttentionState:
-    """Attend exactly, causally, and remember the chunk.
+# Tokens at the end of a prompt that are exact; the question stands there.
+EXACT_TAIL = 256
 
-    query (1, H, T, D), keys (1, G, T, D), values (1, G, T, Dv) of the T tokens after those in `memory`, on the
-    model's device. Earlier keys are read from CPU memory in tiles and merged, so the device never holds more than one
-    tile of them. Returns (1, H, T, Dv) and (1, H, T).
+# Chunks for which a layer that had no sparse head is not asked again, at most.
+LONGEST_REST = 8
+
+
+class PrefillPolicy:
+    """How one layer attends to a prompt, chunk by chunk, and what that came to.
+
+    n_read, n_visible: keys read, and keys there were, over query heads and tokens. kinds: chunks times heads by pattern.
     """
+
+    def __init__(self, config: RetrievalConfig, patterns: Sequence[HeadPattern] | None = None) -> None:
+        self.config = config
+        self.patterns = patterns
+        self.reset()
+        # Probing costs a few per cent of dense attention, and a layer that has no use for it mostly stays so.
+        self._rest, self._next_rest = 0, 1
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.n_read, self.n_visible = 0.0, 0.0
+        self.kinds: Counter[str] = Counter()
+
+    def wants_sparse(self, query: Tensor, memory: LayerMemory) -> bool:
+        """Whether the chunk with these queries (1, H, T, D), the next ones of `memory`, is to be sparse."""
+        config, T = self.config, query.shape[2]
+        if config.prefill == "dense" or T < FEWEST_SPARSE:
+            return False
+        if config.prefill != "auto":
+            return True
+        S = memory.length + T
+        least = config.dense_below
+        if least is None:
+            shape = query.shape[1], memory.shape.kv_heads, query.shape[3]
+            least = break_even(*shape, query.dtype, query.device) if S >= LEAST else LEAST
+        if S < least:
+            return False
+        self._rest -= 1
+        return self._rest < 0
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> AttentionState:
+        """Sparse causal attention; shapes as in `attend_patterns`."""
+        if self.config.prefill != "auto":
+            sizes = self.patterns or [DEFAULT_SIZES[self.config.prefill]] * query.shape[1]
+            self.kinds.update(pattern.kind for pattern in sizes)
+            return attend_patterns(query, keys, values, scale, sizes)
+        state, choices = attend_adaptive(query, keys, values, scale, self.config.prefill_mass)
+        self.kinds.update(choice.kind for choice in choices)
+        self._count(query.shape[2], keys.shape[2], [choice.density for choice in choices])
+        if all(choice.kind == "dense" for choice in choices):
+            self._rest, self._next_rest = self._next_rest, min(LONGEST_REST, 2 * self._next_rest)
+        else:
+            self._next_rest = 1
+        return state
+
+    def note_dense(self, query: Tensor, memory: LayerMemory) -> None:
+        """Count a chunk that was exact."""
+        H, T = query.shape[1:3]
+        self.kinds["dense"] += H
+        self._count(T, memory.length, [1.0] * H)
+
+    def _count(self, T: int, S: int, densities: list[float]) -> None:
+        visible = T * (S - (T - 1) / 2)
+        self.n_visible += visible * len(densities)
+        self.n_read += visible * sum(densities)
+
+
+def prefill(
+    query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory, scale: float, policy: PrefillPolicy
+) -> AttentionState:
+    """Attend causally, exactly or as `policy` says, and remember the chunk.
+
+    query (1, H, T, D), keys (1, G, T, D), values (1, G, T, Dv) of the T tokens after those in `memory`, on the model's
+    device. Returns (1, H, T, Dv) and (1, H, T).
+    """
+    if policy.wants_sparse(query, memory):
+        return policy.attend(query, *_append_and_bring(query, keys, values, memory), scale)
+    state = _attend_exactly(query, keys, values, memory, scale)
+    memory.append(query, keys, values)
+    policy.note_dense(query, memory)
+    return state
+
+
+def _attend_exactly(query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory, scale: float) -> AttentionState:
+    """Earlier keys are read from CPU memory in tiles and merged, so the device holds no more than one tile of them."""
     state = attend_dense(query, keys, values, scale, causal=True)
     for start in range(0, memory.length, memory.config.prefill_tile):
         stop = min(memory.length, start + memory.config.prefill_tile)
         tile_keys = memory.store.keys(start, stop)[None].to(query.device, non_blocking=True)
         tile_values = memory.store.values(start, stop)[None].to(query.device, non_blocking=True)
         state = merge(state, attend_dense(query, tile_keys, tile_values, scale))
-    memory.append(query, keys, values)
     return state
+
+
+def _append_and_bring(query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory) -> tuple[Tensor, Tensor]:
+    """All keys and values of the layer, new ones included, on the queries' device: a pattern may name any of them.
+
+    On a CPU they are views of the store. On a GPU one layer's are copied at a time, and let go of after it.
+    """
+    past = memory.length
+    if query.device.type == "cpu":
+        memory.append(query, keys, values)
+        return memory.store.keys()[None], memory.store.values()[None]
+    whole = []
+    for new, stored in ((keys, memory.store.keys()), (values, memory.store.values())):
+        there = new.new_empty((1, new.shape[1], past + new.shape[2], new.shape[3]))
+        there[0, :, :past].copy_(stored, non_blocking=True)
+        there[:, :, past:] = new
+        whole.append(there)
+    memory.append(query, keys, values)
+    return whole[0], whole[1]

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What each file of the runtime may know of the runtime, in the order a request meets them.
-RUNTIME = ["host", "config", "choose", "window", "offload", "build", "estimate", "memory", "decode", "prefill"]
-RUNTIME += ["compat", "hf", "plan", "generate", "session", "saved", "llm", "chat", "cli"]
+RUNTIME = ["host", "config", "patterns", "choose", "window", "offload", "build", "estimate", "memory", "decode"]
+RUNTIME += ["break_even", "prefill", "compat", "hf", "plan", "generate", "session", "saved", "llm"]
+RUNTIME += ["search_patterns", "chat", "cli"]
 
 # Imports inside a function that close a circle on purpose: the later file calls back into the earlier one's object.
 CALLBACKS = {("session", "saved"), ("llm", "saved")}

@@ -1,0 +1,109 @@
+"""From which length on sparse prefill pays: measured once per device, then kept in the user's cache folder."""
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from retrieval_attn.kernels import HeadPattern, attend_dense, attend_patterns
+
+log = logging.getLogger("retrieval_attn")
+
+# Shorter than this is never sparse: there is little to win, and exactness is worth something.
+LEAST = 8192
+
+# Queries of the chunk that is timed, and the numbers of keys it is timed at; times grow linearly between and beyond.
+QUERIES, LENGTHS = 1024, (4096, 16384)
+
+# Share of the keys that a sparse head is taken to read: about what XAttention reports at 128K.
+DENSITY = 0.1
+
+# Where the answer is "never": longer than any context.
+NEVER = 1 << 40
+
+
+@functools.cache
+def break_even(n_heads: int, n_kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens from which on sparse attention is faster than dense on this device; at least `LEAST`.
+
+    Read from the cache file if this device, PyTorch and shape were measured before, else measured in about a second.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    key = f"{name}; torch {torch.__version__}; {dtype}; {n_heads}/{n_kv_heads} heads of {dim}"
+    known = _read()
+    if key not in known:
+        known[key] = max(LEAST, measure(n_heads, n_kv_heads, dim, dtype, device))
+        log.info("sparse prefill pays from %d tokens on (%s); kept in %s", known[key], key, cache_file())
+        _write(known)
+    return known[key]
+
+
+def cache_file() -> Path:
+    """Where measurements are kept; deleting it measures anew."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "retrieval-attn" / "prefill.json"
+
+
+def measure(n_heads: int, n_kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens at which the times of the two cross, by one group of heads (all of them on a GPU, which one would not
+    fill)."""
+    groups = n_kv_heads if device.type == "cuda" else 1
+    heads = groups * (n_heads // n_kv_heads)
+    lead = []
+    for n_keys in LENGTHS:
+        shapes = (1, heads, QUERIES, dim), (1, groups, n_keys, dim), (1, groups, n_keys, dim)
+        make = torch.Generator(device).manual_seed(n_keys)
+        query, keys, values = (torch.randn(shape, generator=make, device=device).to(dtype) for shape in shapes)
+        some = int(n_keys * DENSITY / 2)
+        pattern = [HeadPattern("vertical_slash", some, some)] * heads
+        dense = functools.partial(attend_dense, query, keys, values, dim**-0.5, causal=True)
+        sparse = functools.partial(attend_patterns, query, keys, values, dim**-0.5, pattern)
+        lead.append(_seconds(dense, device) - _seconds(sparse, device))
+    return crossing(LENGTHS, (lead[0], lead[1]))
+
+
+def crossing(lengths: tuple[int, int], lead: tuple[float, float]) -> int:
+    """Where the line through two points (length, seconds by which dense is slower) crosses 0; `NEVER` if it falls."""
+    slope = (lead[1] - lead[0]) / (lengths[1] - lengths[0])
+    if slope <= 0:
+        return NEVER if lead[1] <= 0 else 0
+    return max(0, min(NEVER, int(lengths[0] - lead[0] / slope)))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The best of three, after one to warm up."""
+    best = float("inf")
+    for i in range(4):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started) if i else best
+    return best
+
+
+def _read() -> dict[str, int]:
+    try:
+        known = json.loads(cache_file().read_text())
+        return {str(key): int(tokens) for key, tokens in known.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        log.warning("%s cannot be read and will be measured anew: %s", cache_file(), error)
+        return {}
+
+
+def _write(known: dict[str, int]) -> None:
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(path)
+    except OSError as error:
+        log.warning("what was measured cannot be kept in %s and will be measured again: %s", path, error)

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from test_kernels_near import peaky
+
+from retrieval_attn import RetrievalConfig
+from retrieval_attn import prefill as module
+from retrieval_attn.kernels import HeadPattern, attend_dense, attend_patterns
+from retrieval_attn.memory import LayerMemory, LayerShape
+from retrieval_attn.prefill import FEWEST_SPARSE, PrefillPolicy, prefill
+
+N, CHUNK = 3000, 1000
+
+
+def local_heads(S=N):
+    """Heads that look about themselves: sparse attention has something to leave out. Then flat ones."""
+    query, keys, values, scale = peaky(G=2, R=2, T=S, S=S, D=32)
+    for x in (query[:, :2], keys[:, :1]):
+        phase = 0.002 * torch.arange(S)
+        x *= 0.01
+        x[..., 0], x[..., 1] = 40 * phase.cos(), 40 * phase.sin()
+    query[:, 2:] *= 0.01
+    return query, keys, values, scale
+
+
+def assert_exact(out, exact):
+    """Scores reach 300 here, and float32 rounds them to 3e-5: weights, and outputs, are off by as much."""
+    torch.testing.assert_close(out, exact, atol=1e-4, rtol=0)
+
+
+def run(config, inputs, policy=None, chunk=CHUNK):
+    """Prefill in chunks; returns what came out, the memory and the policy."""
+    query, keys, values, scale = inputs
+    policy = policy or PrefillPolicy(config)
+    memory = LayerMemory(config, LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, 16))
+    outs = []
+    for start in range(0, query.shape[2], chunk):
+        part = slice(start, start + chunk)
+        outs.append(prefill(query[:, :, part], keys[:, :, part], values[:, :, part], memory, scale, policy).out)
+    return torch.cat(outs, dim=2), memory, policy
+
+
+@pytest.mark.parametrize("tile", [100, 65536])
+def test_dense_is_dense_in_any_tiles(tile):
+    inputs = local_heads(700)
+    out, memory, policy = run(RetrievalConfig(prefill_tile=tile), inputs, chunk=300)
+    assert_exact(out, attend_dense(*inputs, causal=True).out)
+    assert torch.equal(memory.store.keys(), inputs[1][0])
+    assert policy.n_read == policy.n_visible == 4 * 700 * 701 / 2
+    assert set(policy.kinds) == {"dense"}
+
+
+def test_auto_leaves_out_what_does_not_matter_and_says_how_much():
+    inputs = local_heads()
+    exact = attend_dense(*inputs, causal=True).out
+    out, memory, policy = run(RetrievalConfig(prefill="auto", dense_below=1), inputs)
+    assert not torch.equal(out, exact)
+    assert (out - exact).norm() < 0.02 * exact.norm()
+    assert 0.5 < policy.n_read / policy.n_visible < 0.9
+    assert policy.kinds["dense"] >= 6
+    assert torch.equal(memory.store.keys(), inputs[1][0])
+    assert memory.sample.length == memory.window.length == N
+
+
+def test_auto_is_dense_below_the_break_even(monkeypatch):
+    monkeypatch.setattr(module, "break_even", lambda *shape: 2500)
+    monkeypatch.setattr(module, "LEAST", 2000)
+    inputs = local_heads()
+    exact = attend_dense(*inputs, causal=True).out
+    out, *_ = run(RetrievalConfig(prefill="auto"), inputs)
+    assert_exact(out[:, :, :2000], exact[:, :, :2000])
+    assert not torch.allclose(out[:, :, 2000:], exact[:, :, 2000:], atol=1e-3)
+
+
+def test_short_turns_are_exact():
+    inputs = local_heads()
+    out, *_ = run(RetrievalConfig(prefill="a_shape"), inputs, chunk=FEWEST_SPARSE - 1)
+    assert_exact(out, attend_dense(*inputs, causal=True).out)
+
+
+def test_a_layer_without_use_for_sparse_attention_is_asked_ever_less_often(monkeypatch):
+    asked = []
+    real = module.attend_adaptive
+    monkeypatch.setattr(module, "attend_adaptive", lambda *a: asked.append(a[1].shape[2]) or real(*a))
+    query, keys, values, scale = peaky(G=1, R=1, T=600 * 9, S=600 * 9, D=8)
+    run(RetrievalConfig(prefill="auto", dense_below=1), (0.01 * query, keys, values, scale), chunk=600)
+    assert [n // 600 for n in asked] == [1, 3, 6]
+
+
+@pytest.mark.parametrize("kind", ["a_shape", "vertical_slash", "block_sparse"])
+def test_a_pattern_by_name_has_the_sizes_of_the_paper(kind):
+    inputs = local_heads()
+    out, _, policy = run(RetrievalConfig(prefill=kind), inputs, chunk=N)
+    expected = attend_patterns(*inputs, [module.DEFAULT_SIZES[kind]] * 4).out
+    assert torch.equal(out, expected)
+    assert policy.kinds == {kind: 4}
+
+
+def test_each_head_has_the_pattern_it_was_given():
+    inputs = local_heads()
+    given = [HeadPattern("a_shape", 10, 100), HeadPattern("dense"), HeadPattern("dense"), HeadPattern("a_shape", 5, 9)]
+    config = RetrievalConfig(prefill="a.json")
+    out, *_ = run(config, inputs, PrefillPolicy(config, given), chunk=N)
+    assert torch.equal(out, attend_patterns(*inputs, given).out)
