@@ -4,9 +4,16 @@
 """
 
 from .far import attend_far
+from .knn import NearestKeys, nearest_keys
 from .merge import AttentionState, merge
 from .near import attend_near
+from .patterns import HeadPattern
 from .prefill import attend_dense
+from .sparse import SparseIndex, attend_sparse
+from .sparse_prefill import attend_adaptive, attend_patterns
 from .tail import TailSummary
 
-__all__ = ["AttentionState", "TailSummary", "attend_dense", "attend_far", "attend_near", "merge"]
+__all__ = [
+    "AttentionState", "HeadPattern", "NearestKeys", "SparseIndex", "TailSummary", "attend_adaptive", "attend_dense",
+    "attend_far", "attend_near", "attend_patterns", "attend_sparse", "merge", "nearest_keys",
+]  # fmt: skip

@@ -27,7 +27,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 FIT, CHECK = slice(0, None, 2), slice(1, None, 2)
 
 # Numbers of columns that are tried, most wanted first. Diagonals make up what is then missing.
-COLUMNS = (0, 16, 64, 256, 1024, 4096)
+COLUMNS = (0, 16, 64, 256, 512, 1024, 2048, 4096)
 
 # A sparse head reads less than this share of the keys; reading more takes as long as dense attention.
 DENSE_FROM = 0.4

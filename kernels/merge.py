@@ -4,10 +4,15 @@ Softmax attention over disjoint sets of keys can be combined exactly from each s
 softmax denominator (Rabe and Staats 2021, arXiv 2112.05682). Only this file reads an `lse` again once it is made.
 """
 
+import functools
+import importlib.util
+import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("retrieval_attn")
 
 
 class AttentionState(NamedTuple):
@@ -42,15 +47,40 @@ def merge(first: AttentionState, *others: AttentionState) -> AttentionState:
     """
     _check(first)
     out, lse = first
-    for other in others:
+    for i, other in enumerate(others, start=1):
         _check(other)
         _check_pair(first, other)
-        # Both weights are at most 1: the larger lse is subtracted inside sigmoid and logaddexp.
-        # Two empty sides differ by NaN; their outputs are both zero, so any weight will do.
-        share = torch.sigmoid(other.lse - lse).nan_to_num_()
-        out = torch.lerp(out.float(), other.out.float(), share[..., None])
-        lse = torch.logaddexp(lse, other.lse)
-    return AttentionState(out.to(first.out.dtype), lse)
+        # Rounded once, at the end.
+        dtype = first.out.dtype if i == len(others) else torch.float32
+        out, lse = _merge_pair(out, lse, *other, dtype)
+    return AttentionState(out, lse)
+
+
+def _merge_pair(
+    out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if out.device.type == "cuda" and out.numel() and has_triton(out.device):
+        from .triton_merge import merge_pair
+
+        return merge_pair(out, lse, other_out, other_lse, dtype)
+    # Both weights are at most 1: the larger lse is subtracted inside sigmoid and logaddexp.
+    # Two empty sides differ by NaN; their outputs are both zero, so any weight will do.
+    share = torch.sigmoid(other_lse - lse).nan_to_num_()
+    out = torch.lerp(out.float(), other_out.float(), share[..., None])
+    return out.to(dtype), torch.logaddexp(lse, other_lse)
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on this CUDA device; if not, says so once."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reason = f"Triton wants compute capability 8.0, which {torch.cuda.get_device_name(device)} has not"
+    else:
+        return True
+    log.warning("attention near, merge and exact kNN run in plain PyTorch, which is slower: %s", reason)
+    return False
 
 
 def attend(scores: Tensor, values: Tensor) -> AttentionState:
