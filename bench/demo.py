@@ -54,12 +54,14 @@ class Report:
     """What one side did. Seconds are wall clock, bytes are bytes.
 
     read_ids: the tokens read before any question. ttft_s: one entry per question, from asking to its first token.
-    steps_s: one entry for each token after the first of an answer. index_s is None where there is no index.
+    steps_s: one entry for each token after the first of an answer. index_s is None where there is no index,
+    prefill_read where it is not known which share of the keys was read.
     """
 
     read_ids: list[int] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     read_s: float = 0.0
+    prefill_read: float | None = 1.0
     index_s: float | None = None
     ttft_s: list[float] = field(default_factory=list)
     steps_s: list[float] = field(default_factory=list)
@@ -71,7 +73,12 @@ class Report:
 
 
 def run_demo(
-    tokens: int, n_questions: int = 3, seed: int = 0, console: Console | None = None, model: Path = EMBEDDED
+    tokens: int,
+    n_questions: int = 3,
+    seed: int = 0,
+    console: Console | None = None,
+    prefill: str = "dense",
+    model: Path = EMBEDDED,
 ) -> int:
     """Run the comparison and print it. Returns 0 if all our answers are right, 1 if not.
 
@@ -83,7 +90,7 @@ def run_demo(
         raise ValueError(f"n_questions must be between 1 and {most} for {tokens} tokens, got {n_questions}")
     console = console or Console()
     with console.status("loading the model"):
-        llm = load(model, RetrievalConfig(index="graph", top_k=100, seed=seed))
+        llm = load(model, RetrievalConfig(index="graph", top_k=100, prefill=prefill, seed=seed))
     with console.status("writing the document"):
         text, questions = make_questions(llm, tokens, n_questions, seed)
     n_facts = max(N_FACTS, n_questions)
@@ -121,7 +128,7 @@ def ask_retrieval(llm: LLM, text: str, questions: Sequence[Question], console: C
     try:
         with PhaseBar(console, session) as bar:
             started = time.perf_counter()
-            session.read(text, on_progress=bar)
+            report.prefill_read = session.read(text, on_progress=bar).prefill_read
             report.read_s = time.perf_counter() - started
             wait_for_indexes(session, bar)
             report.index_s = time.perf_counter() - started - report.read_s
@@ -237,6 +244,7 @@ ROWS: dict[str, Callable[[Report, Sequence[Question]], str]] = {
     "first token, first question (reads all)": _first,
     "first token, next questions (median)": _next,
     "prefill": lambda side, asked: f"{side.read_s:.1f} s",
+    "keys read in prefill": lambda side, asked: "?" if side.prefill_read is None else f"{side.prefill_read:.0%}",
     "index build after it": lambda side, asked: "-" if side.index_s is None else f"{side.index_s:.1f} s",
     "each further token (median)": _step,
     "keys visited": lambda side, asked: f"{100 * statistics.mean(side.visited):.2f} %",

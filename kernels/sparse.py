@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .merge import AttentionState
+from .merge import AttentionState, has_triton
 from .prefill import check_attention
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -49,13 +49,30 @@ def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, scale: float, ind
     check_sparse(query, keys, values, index)
     if query.shape[2] == 0:
         return AttentionState.empty((*query.shape[:3], values.shape[3]), query.dtype, query.device)
-    if query.device.type == "cuda":
+    if query.device.type != "cpu":
+        if reason := why_not_sparse(query.dtype, keys.shape[3], values.shape[3], query.device):
+            raise ValueError(f"sparse attention cannot run: {reason}")
         from .triton_sparse import attend_sparse as launch
 
         return launch(query, keys, values, scale, index)
     from .sparse_cpu import attend_sparse as gather
 
     return gather(query, keys, values, scale, index)
+
+
+def why_not_sparse(dtype: torch.dtype, key_dim: int, value_dim: int, device: torch.device) -> str:
+    """Why sparse attention cannot take such heads on this device; empty if it can."""
+    if dtype not in DTYPES:
+        return f"it wants float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}"
+    if key_dim != value_dim:
+        return f"it wants keys and values of one dimension, got {key_dim} and {value_dim}"
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda":
+        return f"there is no kernel for devices of type {device.type!r}"
+    if key_dim not in HEAD_DIMS:
+        return f"it wants a head dimension of {', '.join(map(str, HEAD_DIMS))} on a GPU, got {key_dim}"
+    return "" if has_triton(device) else "it wants Triton, which does not run here"
 
 
 def check_sparse(query: Tensor, keys: Tensor, values: Tensor, index: SparseIndex) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from retrieval_attn.kernels import HeadPattern, attend_dense, attend_patterns
+from retrieval_attn.kernels import attend_adaptive, attend_dense
 
 log = logging.getLogger("retrieval_attn")
 
@@ -18,7 +19,7 @@ log = logging.getLogger("retrieval_attn")
 LEAST = 8192
 
 # Queries of the chunk that is timed, and the numbers of keys it is timed at; times grow linearly between and beyond.
-QUERIES, LENGTHS = 1024, (4096, 16384)
+QUERIES, LENGTHS = 2048, (4096, 16384)
 
 # Share of the keys that a sparse head is taken to read: about what XAttention reports at 128K.
 DENSITY = 0.1
@@ -31,7 +32,7 @@ NEVER = 1 << 40
 def break_even(n_heads: int, n_kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens from which on sparse attention is faster than dense on this device; at least `LEAST`.
 
-    Read from the cache file if this device, PyTorch and shape were measured before, else measured in about a second.
+    Read from the cache file if this device, PyTorch and shape were measured before, else measured in a few seconds.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     key = f"{name}; torch {torch.__version__}; {dtype}; {n_heads}/{n_kv_heads} heads of {dim}"
@@ -56,15 +57,23 @@ def measure(n_heads: int, n_kv_heads: int, dim: int, dtype: torch.dtype, device:
     heads = groups * (n_heads // n_kv_heads)
     lead = []
     for n_keys in LENGTHS:
-        shapes = (1, heads, QUERIES, dim), (1, groups, n_keys, dim), (1, groups, n_keys, dim)
-        make = torch.Generator(device).manual_seed(n_keys)
-        query, keys, values = (torch.randn(shape, generator=make, device=device).to(dtype) for shape in shapes)
-        some = int(n_keys * DENSITY / 2)
-        pattern = [HeadPattern("vertical_slash", some, some)] * heads
-        dense = functools.partial(attend_dense, query, keys, values, dim**-0.5, causal=True)
-        sparse = functools.partial(attend_patterns, query, keys, values, dim**-0.5, pattern)
+        inputs = wanting_some(heads, groups, n_keys, dim, dtype, device)
+        dense = functools.partial(attend_dense, *inputs, causal=True)
+        sparse = functools.partial(attend_adaptive, *inputs, mass=0.9)
         lead.append(_seconds(dense, device) - _seconds(sparse, device))
     return crossing(LENGTHS, (lead[0], lead[1]))
+
+
+def wanting_some(
+    heads: int, groups: int, n_keys: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """query, keys, values and scale: noise, but for one key in `1 / DENSITY`, which every query wants."""
+    make = torch.Generator(device).manual_seed(n_keys)
+    shapes = (1, heads, QUERIES, dim), (1, groups, n_keys, dim), (1, groups, n_keys, dim)
+    query, keys, values = (0.1 * torch.randn(shape, generator=make, device=device) for shape in shapes)
+    query[..., 0] = 4 * dim**0.25
+    keys[:, :, :: int(1 / DENSITY), 0] = 4 * dim**0.25
+    return query.to(dtype), keys.to(dtype), values.to(dtype), dim**-0.5
 
 
 def crossing(lengths: tuple[int, int], lead: tuple[float, float]) -> int:
@@ -76,9 +85,9 @@ def crossing(lengths: tuple[int, int], lead: tuple[float, float]) -> int:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The best of three, after one to warm up."""
+    """The best of two, after one to warm up."""
     best = float("inf")
-    for i in range(4):
+    for i in range(3):
         started = time.perf_counter()
         run()
         if device.type == "cuda":

@@ -62,8 +62,8 @@ def stats_line(stats: "generate.GenerationStats") -> str:
     if stats.new_tokens:
         parts.append(f"TTFT {stats.ttft_s:.1f} s")
     parts.append(f"prompt {count(stats.prompt_tokens)} ({count(stats.reused_tokens)} cached)")
-    if stats.prefill_read is not None and stats.prefill_read < 1:
-        parts.append(f"prefill read {100 * stats.prefill_read:.0f} %")
+    if share := sparse_share(stats):
+        parts.append(share)
     if stats.visited_fraction:
         parts.append(f"keys read {100 * stats.visited_fraction:.1f} %")
     if stats.recovered_mass is not None and stats.recovered_mass < 1:
@@ -75,6 +75,13 @@ def stats_line(stats: "generate.GenerationStats") -> str:
     if stats.stop_reason in _ENDINGS:
         parts.append(_ENDINGS[stats.stop_reason])
     return " · ".join(parts)
+
+
+def sparse_share(stats: "generate.GenerationStats") -> str:
+    """How much of the attention matrix a sparse prefill read; empty if it was exact or is not known."""
+    if stats.prefill_read is None or stats.prefill_read == 1:
+        return ""
+    return f"prefill read {100 * stats.prefill_read:.0f} %"
 
 
 def show_answer(write: Callable[[str], object], pieces: Iterator[str], keep_blanks: bool = False) -> None:
@@ -362,10 +369,11 @@ class Chat:
         for name, text in texts.items():
             started, before = time.perf_counter(), len(self.session.token_ids)
             with PhaseBar(self.notes, self.session) as bar:
-                self.session.read(text, on_progress=bar)
+                stats = self.session.read(text, on_progress=bar)
                 seconds = time.perf_counter() - started
                 n_tokens = len(self.session.token_ids) - before
-                self._note(f"read {name}: {count(n_tokens)} tokens in {seconds:.1f} s")
+                parts = [f"read {name}: {count(n_tokens)} tokens in {seconds:.1f} s", sparse_share(stats)]
+                self._note(" · ".join(filter(None, parts)))
                 self._wait(bar)
 
     def _wait(self, bar: PhaseBar) -> None:

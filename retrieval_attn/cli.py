@@ -6,10 +6,13 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from retrieval_attn.chat import (
@@ -29,6 +32,7 @@ from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
 
 if TYPE_CHECKING:
     from retrieval_attn.llm import LLM
+    from retrieval_attn.search_patterns import SearchedPatterns
     from retrieval_attn.session import Session
 
 
@@ -36,7 +40,7 @@ class _Benchmarks(TyperGroup):
     """Imports a benchmark only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["latency", "recall"]
+        return ["kernels", "latency", "recall"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
@@ -80,6 +84,9 @@ VerifyEvery = Annotated[int | None, _option("Check each so many steps exactly", 
 TopK = Annotated[int | None, _option("Keys retrieved per head (default: 100)", "--top-k", panel=RETRIEVAL)]
 NSink = Annotated[int | None, _option("First tokens kept near (default: 128)", "--n-sink", panel=RETRIEVAL)]
 NLocal = Annotated[int | None, _option("Last tokens kept near (default: 512)", "--n-local", panel=RETRIEVAL)]
+Prefill = Annotated[
+    str | None, _option("dense, auto, a pattern, or a .json file (default: dense)", "--prefill", panel=RETRIEVAL)
+]
 Threads = Annotated[int | None, _option("CPU threads (default: all cores)", "--threads", panel=RETRIEVAL)]
 MaxNewTokens = Annotated[int, _option("Longest answer (default: 512)", "--max-new-tokens", "-n", panel=ANSWER)]
 Temperature = Annotated[float, _option("0 takes the likeliest token (default: 0)", "--temperature", panel=ANSWER)]
@@ -123,6 +130,7 @@ def chat(
     verify_every: VerifyEvery = None,
     n_sink: NSink = None,
     n_local: NLocal = None,
+    prefill: Prefill = None,
     threads: Threads = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -138,7 +146,7 @@ def chat(
     """
     config = _config(
         index=index, top_k=top_k, estimator=estimator, mass=mass, verify_every=verify_every, n_sink=n_sink,
-        n_local=n_local, threads=threads, seed=seed,
+        n_local=n_local, prefill=prefill, threads=threads, seed=seed,
     )  # fmt: skip
     texts = _texts(file)
     folder = session_folder(session) if session is not None else None
@@ -197,6 +205,7 @@ def generate(
     verify_every: VerifyEvery = None,
     n_sink: NSink = None,
     n_local: NLocal = None,
+    prefill: Prefill = None,
     threads: Threads = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -209,7 +218,7 @@ def generate(
     """Answer one prompt. Only the answer goes to standard output."""
     config = _config(
         index=index, top_k=top_k, estimator=estimator, mass=mass, verify_every=verify_every, n_sink=n_sink,
-        n_local=n_local, threads=threads, seed=seed,
+        n_local=n_local, prefill=prefill, threads=threads, seed=seed,
     )  # fmt: skip
     text = _prompt(prompt, _texts(file))
     notes = Console(stderr=True)
@@ -239,13 +248,68 @@ def demo(
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the document.", min=2048)] = 65536,
     questions: Annotated[int, typer.Option("--questions", help="Facts asked for.", min=1)] = 3,
     seed: Annotated[int, typer.Option("--seed", help="Makes the document and the index repeatable.", min=0)] = 0,
+    prefill: Annotated[str, typer.Option("--prefill", help="dense, auto, a pattern, or a .json file.")] = "dense",
 ) -> None:
     """Hide facts in a long document, ask for them, and compare with full attention in stock transformers."""
     console = Console()
     with _waiting(console, "importing"):
         _quiet_transformers()
         from retrieval_attn.bench.demo import run_demo
-    raise typer.Exit(run_demo(tokens, questions, seed, console))
+    raise typer.Exit(run_demo(tokens, questions, seed, console, prefill))
+
+
+@app.command("search-patterns")
+def search_patterns(
+    text: Annotated[Path, typer.Option("--text", help="A text to try patterns on; best one like yours.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .json file to write, for --prefill.")],
+    tokens: Annotated[int, typer.Option("--tokens", help="Read so many of its tokens.", min=2048)] = 16384,
+    budget: Annotated[
+        int | None, typer.Option("--budget", help="Keys read per query (default: 5120, at most a quarter of the text).")
+    ] = None,
+    model: Model = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    weights: Weights = "auto",
+) -> None:
+    """Find the pattern by which each head of a model prefills best, at a given cost.
+
+    The model reads a text, and each head tries every pattern; that whose output is nearest to dense attention's wins.
+    The file has the form in which MInference publishes its own. Ctrl-C leaves it as it was.
+    """
+    from retrieval_attn.patterns import check_savable
+
+    check_savable(out)
+    read = read_text(str(text))
+    notes = Console(stderr=True)
+    llm = _load(notes, model, _config(threads=threads), device=device, dtype=dtype, weights=weights)
+    found = _search(llm, llm.encode_text(read)[:tokens], budget, notes)
+    found.save(out)
+    Console().print(_table_of(found))
+    print(f"{found.n_tokens} tokens read, {found.budget} keys per query; the patterns are in {out}")
+
+
+def _search(llm: "LLM", ids: list[int], budget: int | None, notes: Console) -> "SearchedPatterns":
+    from retrieval_attn.search_patterns import choose_budget, search_patterns
+
+    # What is wrong is said before a bar is drawn.
+    budget, ids = choose_budget(len(ids), budget), llm.encode(ids)
+    with Progress(*Progress.get_default_columns(), console=notes) as bar:
+        task = bar.add_task("trying patterns", total=None)
+        return search_patterns(
+            llm, ids, budget=budget, on_progress=lambda p: bar.update(task, completed=p.done, total=p.total)
+        )
+
+
+def _table_of(found: "SearchedPatterns") -> Table:
+    """How many heads chose which pattern, and what that does to their outputs."""
+    table = Table("pattern", *(Column(name, justify="right") for name in ("heads", "median error", "worst")))
+    best = [tried for layer in found.best for tried in layer]
+    for kind in ("a_shape", "vertical_slash", "block_sparse", "all"):
+        errors = [tried.error for tried in best if kind in (tried.pattern.kind, "all")]
+        if errors:
+            table.add_row(kind, str(len(errors)), f"{100 * median(errors):.1f} %", f"{100 * max(errors):.1f} %")
+    return table
 
 
 def _write(piece: str) -> None:

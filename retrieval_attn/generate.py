@@ -289,7 +289,7 @@ class Request:
 
 
 def chunk_ends(n_tokens: int, config: RetrievalConfig) -> list[int]:
-    """Where the chunks of a prompt end; if prefill may be sparse, its last tokens are a chunk of their own, an exact one.
+    """Where the chunks of a prompt end; if prefill may be sparse, the last tokens are a chunk of their own, and exact.
 
     >>> chunk_ends(5000, RetrievalConfig(prefill="auto"))
     [2048, 4096, 4744, 5000]

@@ -1,16 +1,20 @@
 """Attention of a chunk of new tokens over everything before it: exact, or sparse as the config says."""
 
+import functools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from retrieval_attn.break_even import LEAST, break_even
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.kernels import AttentionState, HeadPattern, attend_adaptive, attend_dense, attend_patterns, merge
 from retrieval_attn.kernels.patterns import DEFAULT_SIZES
+from retrieval_attn.kernels.sparse import why_not_sparse
 from retrieval_attn.memory import LayerMemory
+
+log = logging.getLogger("retrieval_attn")
 
 # Fewer new tokens than this are exact: they cost little, and a question is worth it.
 FEWEST_SPARSE = 512
@@ -25,7 +29,7 @@ LONGEST_REST = 8
 class PrefillPolicy:
     """How one layer attends to a prompt, chunk by chunk, and what that came to.
 
-    n_read, n_visible: keys read, and keys there were, over query heads and tokens. kinds: chunks times heads by pattern.
+    n_read, n_visible: keys read, and keys there were, over query heads and tokens. kinds: patterns of heads, by chunk.
     """
 
     def __init__(self, config: RetrievalConfig, patterns: Sequence[HeadPattern] | None = None) -> None:
@@ -45,14 +49,22 @@ class PrefillPolicy:
         config, T = self.config, query.shape[2]
         if config.prefill == "dense" or T < FEWEST_SPARSE:
             return False
+        shape = memory.shape
+        if reason := why_not_sparse(query.dtype, shape.key_dim, shape.value_dim, query.device):
+            if config.prefill != "auto":
+                raise ValueError(
+                    f"prefill={config.prefill!r} cannot run on this model: {reason}; use 'dense' or 'auto'"
+                )
+            _say_dense(reason)
+            return False
         if config.prefill != "auto":
             return True
         S = memory.length + T
         least = config.dense_below
         if least is None:
-            shape = query.shape[1], memory.shape.kv_heads, query.shape[3]
-            least = break_even(*shape, query.dtype, query.device) if S >= LEAST else LEAST
-        if S < least:
+            heads = query.shape[1], shape.kv_heads, shape.key_dim
+            least = break_even(*heads, query.dtype, query.device) if S >= LEAST else LEAST
+        if least > S:
             return False
         self._rest -= 1
         return self._rest < 0
@@ -82,6 +94,12 @@ class PrefillPolicy:
         visible = T * (S - (T - 1) / 2)
         self.n_visible += visible * len(densities)
         self.n_read += visible * sum(densities)
+
+
+@functools.cache
+def _say_dense(reason: str) -> None:
+    """Once for each reason."""
+    log.warning("prefill is dense, which is slower for long prompts: sparse attention cannot run, %s", reason)
 
 
 def prefill(

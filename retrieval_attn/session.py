@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from retrieval_attn.generate import Completion, OnProgress, Request
+from retrieval_attn.generate import Completion, GenerationStats, OnProgress, Request
 
 if TYPE_CHECKING:
     from retrieval_attn.llm import LLM
@@ -61,8 +61,11 @@ class Session:
         ids = self._extended(around.before + text + around.after)
         return self._stream_turn(ids, self._with_user_text(text), on_progress, sampling)
 
-    def read(self, text: str, *, on_progress: OnProgress | None = None) -> None:
-        """Put a text into the user's turn and prefill it now; the question comes with the next `ask`."""
+    def read(self, text: str, *, on_progress: OnProgress | None = None) -> GenerationStats:
+        """Put a text into the user's turn and prefill it now; the question comes with the next `ask`.
+
+        Returns what that cost.
+        """
         if not text.strip():
             raise ValueError("the text is empty; there is nothing to read")
         ids = self._extended(self._around_turn().before + text)
@@ -73,6 +76,7 @@ class Session:
             self._cached = ids[: self.cache.get_seq_length()]
         self.messages = self._with_user_text(text)
         self.token_ids, self._turn_open = ids, True
+        return request.stats
 
     def regenerate(self, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
         """Answer the last turn again; yields the new answer, which replaces the old one."""

@@ -6,6 +6,7 @@ import torch
 
 from retrieval_attn import break_even as module
 from retrieval_attn.break_even import LEAST, NEVER, break_even, cache_file, crossing
+from retrieval_attn.kernels import attend_adaptive
 
 ASKED = (4, 2, 16, torch.float32, torch.device("cpu"))
 
@@ -20,8 +21,11 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("lead", "tokens"),
-    [((-1.0, 1.0), 200), ((-1.0, 0.0), 300), ((1.0, 3.0), 0), ((-3.0, -1.0), 400), ((-1.0, -1.0), NEVER), ((2.0, 1.0), 0)],
-)
+    [
+        ((-1.0, 1.0), 200), ((-1.0, 0.0), 300), ((1.0, 3.0), 0), ((-3.0, -1.0), 400), ((-1.0, -1.0), NEVER),
+        ((2.0, 1.0), 0),
+    ],
+)  # fmt: skip
 def test_where_the_lines_cross(lead, tokens):
     assert crossing((100, 300), lead) == tokens
 
@@ -43,6 +47,13 @@ def test_measured_once_and_kept(monkeypatch):
 def test_never_below_the_least(monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *shape: 5)
     assert break_even(*ASKED) == LEAST
+
+
+def test_what_is_timed_is_sparse_where_it_should_be():
+    inputs = module.wanting_some(2, 1, 16384, 64, torch.bfloat16, torch.device("cpu"))
+    _, choices = attend_adaptive(*inputs, mass=0.9)
+    assert {choice.kind for choice in choices} == {"vertical_slash"}
+    assert all(0.9 * module.DENSITY < choice.density < 2 * module.DENSITY for choice in choices)
 
 
 def test_a_real_measurement_on_this_machine():

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 from retrieval_attn.kernels import SparseIndex, reference
 from retrieval_attn.kernels.coverage import Coverage, Layout, list_blocks, list_coverage, stack_heads
 
-SIZES = {"T": st.integers(1, 200), "past": st.integers(0, 200), "shape": st.sampled_from([(16, 16), (64, 16), (64, 64)])}
+SHAPES = [(16, 16), (64, 16), (64, 64)]
+
+SIZES = {"T": st.integers(1, 200), "past": st.integers(0, 200), "shape": st.sampled_from(SHAPES)}
 
 
 def assert_named_once(index: SparseIndex, n_keys: int):

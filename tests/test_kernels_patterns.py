@@ -16,7 +16,9 @@ from retrieval_attn.kernels.patterns import (
 )
 
 RATIOS = [1, 2, 4]
-SIZES = {"T": st.integers(1, 300), "past": st.integers(0, 300), "R": st.sampled_from(RATIOS), "seed": st.integers(0, 999)}
+SIZES = {
+    "T": st.integers(1, 300), "past": st.integers(0, 300), "R": st.sampled_from(RATIOS), "seed": st.integers(0, 999),
+}  # fmt: skip
 
 
 def made(T, S, R, seed, D=16):

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from test_kernels_near import peaky
@@ -84,6 +86,20 @@ def test_a_layer_without_use_for_sparse_attention_is_asked_ever_less_often(monke
     query, keys, values, scale = peaky(G=1, R=1, T=600 * 9, S=600 * 9, D=8)
     run(RetrievalConfig(prefill="auto", dense_below=1), (0.01 * query, keys, values, scale), chunk=600)
     assert [n // 600 for n in asked] == [1, 3, 6]
+
+
+def test_heads_that_no_sparse_kernel_takes_are_dense_and_it_is_said_once(caplog):
+    """Values of another dimension than keys."""
+    module._say_dense.cache_clear()
+    query, keys, values, scale = peaky(G=1, R=1, T=1200, S=1200, D=16, Dv=8)
+    with caplog.at_level(logging.WARNING):
+        out, *_ = run(RetrievalConfig(prefill="auto", dense_below=1), (query, keys, values, scale), chunk=600)
+    assert_exact(out, attend_dense(query, keys, values, scale, causal=True).out)
+    told = [record.getMessage() for record in caplog.records if "prefill is dense" in record.getMessage()]
+    assert len(told) == 1
+    assert "keys and values of one dimension, got 16 and 8" in told[0]
+    with pytest.raises(ValueError, match="prefill='a_shape' cannot run on this model: .*use 'dense' or 'auto'"):
+        run(RetrievalConfig(prefill="a_shape"), (query, keys, values, scale), chunk=600)
 
 
 @pytest.mark.parametrize("kind", ["a_shape", "vertical_slash", "block_sparse"])
