@@ -314,7 +314,7 @@ class RetrievalCache(DynamicCache):
         ours = [type(layer) is DynamicLayer for layer in self.layers]
         self.layers: list[Any] = [
             RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
-            for layer, mine, own in zip(self.layers, ours, _patterns(model_config, config), strict=True)
+            for layer, mine, own in zip(self.layers, ours, prefill_patterns(model_config, config), strict=True)
         ]
         self.config = config
         if not self.retrieval_layers:
@@ -476,8 +476,8 @@ def _model_type(model_config: Any) -> str:
     return str(getattr(model_config, "model_type", type(model_config).__name__))
 
 
-def _patterns(model_config: Any, config: RetrievalConfig) -> Sequence[Sequence[HeadPattern] | None]:
-    """The patterns of each layer of the model, if the config names a file of them."""
+def prefill_patterns(model_config: Any, config: RetrievalConfig) -> Sequence[Sequence[HeadPattern] | None]:
+    """The patterns of each layer of the model, if the config names a file of them; errors as of `load_patterns`."""
     text = model_config.get_text_config(decoder=True)
     if config.prefill in PREFILLS:
         return [None] * text.num_hidden_layers

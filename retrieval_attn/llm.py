@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import Completion, OnProgress, Request, Sampling, longest_context
-from retrieval_attn.hf import NAME, RetrievalCache, refuse_unserved, register
+from retrieval_attn.hf import NAME, RetrievalCache, prefill_patterns, refuse_unserved, register
 from retrieval_attn.plan import MemoryPlan, plan_memory
 from retrieval_attn.session import Session
 
@@ -144,14 +144,15 @@ def load(
     `config.threads` also sets PyTorch's thread count, which belongs to the process.
 
     Raises FileNotFoundError for a missing path, ValueError for a model that is not a causal LM or whose attention
-    cannot be served (named), ImportError with the install command for a missing extra. Model code from a hub is never
-    executed.
+    cannot be served (named), or for a file of prefill patterns that is not for it, ImportError with the install command
+    for a missing extra. Model code from a hub is never executed.
     """
     config = config or RetrievalConfig()
     source = str(EMBEDDED if model is None else model)
     if Path(source).expanduser().is_dir():
         source = str(Path(source).expanduser())
-    _require_causal_lm(source)
+    # What a file of patterns has wrong is found out before the weights are read.
+    prefill_patterns(_require_causal_lm(source), config)
     register()
     chosen = _choose_device(device)
     if config.threads is not None:
@@ -167,7 +168,7 @@ def load(
     return LLM(loaded.eval(), tokenizer, config)
 
 
-def _require_causal_lm(source: str) -> None:
+def _require_causal_lm(source: str) -> Any:
     looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
     if not Path(source).expanduser().is_dir() and looks_local:
         raise FileNotFoundError(
@@ -181,6 +182,7 @@ def _require_causal_lm(source: str) -> None:
     refuse_unserved(found)
     if type(found) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{source!r} is not a causal language model (its type is {found.model_type!r})")
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,12 @@ def test_frozen():
         ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
         ({"build_queries": 0}, "build_queries must be an integer of at least 1, got 0"),
         ({"prefill_chunk": 0}, "prefill_chunk must be an integer of at least 1, got 0"),
+        (
+            {"prefill": "sparse"},
+            "prefill must be one of 'auto', 'dense', .*, or the path of a .json file, got 'sparse'",
+        ),
+        ({"prefill_mass": 1}, "prefill_mass must be above 0 and below 1 .* got 1"),
+        ({"dense_below": 0}, "dense_below must be an integer of at least 1, got 0"),
         ({"share_group": 1}, "share_group must be True or False, got 1"),
     ],
 )

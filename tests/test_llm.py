@@ -6,6 +6,9 @@ from tiny_models import save_tiny_chat_model
 from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 import retrieval_attn as ra
+from retrieval_attn.generate import chunk_ends
+from retrieval_attn.kernels import HeadPattern
+from retrieval_attn.patterns import save_patterns
 
 CONFIG = ra.RetrievalConfig(index="exact", top_k=1 << 20, n_sink=4, n_local=16, exact_below=0, prefill_chunk=50)
 TEXT = "The lighthouse keeper counts ships. " * 5
@@ -62,6 +65,57 @@ def test_stats_tell_what_happened(llm):
     prefill = [p for p in seen if p.phase == "prefill"]
     assert [p.done for p in prefill] == [0, 50, 100, 150, n]
     assert [p.done for p in seen if p.phase == "build"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("n", "chunk", "prefill", "ends"),
+    [
+        (5000, 2048, "dense", [2048, 4096, 5000]), (5000, 2048, "auto", [2048, 4096, 4744, 5000]),
+        (4352, 2048, "auto", [2048, 4096, 4352]), (100, 2048, "auto", [100]), (300, 100, "auto", [44, 144, 244, 300]),
+        (0, 2048, "auto", []), (1, 1, "dense", [1]),
+    ],
+)  # fmt: skip
+def test_a_prompts_last_tokens_are_a_chunk_of_their_own_where_prefill_may_be_sparse(n, chunk, prefill, ends):
+    assert chunk_ends(n, ra.RetrievalConfig(prefill_chunk=chunk, prefill=prefill)) == ends
+
+
+LONG = list(torch.randint(4, 100, (3000,), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("prefill", ["a_shape", "vertical_slash", "block_sparse", "patterns.json"])
+def test_patterns_that_read_all_there_is_equal_stock(folder, tmp_path, prefill):
+    """The paper's sizes cover 3,000 tokens, so every token must come out as with full attention."""
+    if prefill.endswith(".json"):
+        prefill = str(tmp_path / prefill)
+        heads = [HeadPattern("vertical_slash", 3000, 3000), HeadPattern("block_sparse", 50), HeadPattern("dense")]
+        save_patterns(prefill, [[*heads, HeadPattern("a_shape", 9, 3000)]] * 3, [[0.5] * 4] * 3)
+    config = ra.RetrievalConfig(index="exact", top_k=1 << 20, prefill=prefill, prefill_chunk=1300)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    expected = stock.generate(torch.tensor([LONG]), max_new_tokens=12, do_sample=False)[0, len(LONG) :].tolist()
+    done = ra.load(str(folder), config, dtype="float32").generate(LONG, max_new_tokens=12)
+    assert done.token_ids == expected
+    assert sum(done.stats.prefill_patterns.values()) == pytest.approx(1)
+    # The last 256 tokens are exact whatever the pattern: a third of the three chunks.
+    assert done.stats.prefill_patterns["dense"] >= 1 / 3
+
+
+def test_auto_says_what_it_left_out(folder):
+    config = ra.RetrievalConfig(prefill="auto", dense_below=1, prefill_mass=0.05, prefill_chunk=1300)
+    stats = ra.load(str(folder), config, dtype="float32").generate(LONG, max_new_tokens=2).stats
+    assert stats.prefill_read is not None
+    assert stats.prefill_read < 1
+    exact = ra.load(str(folder), dtype="float32").generate(LONG, max_new_tokens=2).stats
+    assert exact.prefill_read == 1
+    assert exact.prefill_patterns == {"dense": 1}
+
+
+def test_a_pattern_file_for_another_model_or_none_is_refused_by_name(folder, tmp_path):
+    path = tmp_path / "other.json"
+    save_patterns(path, [[HeadPattern("dense")] * 4] * 5, [[0.5] * 4] * 5)
+    with pytest.raises(ValueError, match="has 5 layers, the model 3: it is for another model"):
+        ra.load(str(folder), ra.RetrievalConfig(prefill=str(path)))
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        ra.load(str(folder), ra.RetrievalConfig(prefill=str(tmp_path / "none.json")))
 
 
 def test_stops_at_the_models_longest_context(folder):
