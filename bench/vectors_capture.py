@@ -5,25 +5,21 @@ An attention function of our own, registered for the time of the run, notes quer
 encoding and calls stock sdpa. Queries of the answers are the ones that decode steps ask; they are held out.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from retrieval_attn.bench.facts import Document, Fact, document
 from retrieval_attn.bench.vectors_real import Capture, LayerVectors
 from retrieval_attn.build import QuerySample
-from retrieval_attn.compat import AttentionMaskInterface, sdpa_mask
+from retrieval_attn.hf import watched_attention
 from retrieval_attn.llm import LLM, load
-
-# transformers refuses names that contain "sdpa".
-NAME = "capture"
 
 # What the runtime keeps near by default: those keys are in no index.
 N_SINK, N_LOCAL = 128, 512
@@ -62,7 +58,7 @@ def capture(
     say(f"writing a document of {n_tokens} tokens")
     script = _Script.written(llm, n_tokens, seed, text)
     recorder = _Recorder(llm.model.config.num_hidden_layers, n_prefill)
-    with torch.inference_mode(), _registered(llm.model, recorder):
+    with torch.inference_mode(), watched_attention(llm.model, recorder.attend):
         cache = DynamicCache(config=llm.model.config)
         say(f"reading {n_tokens} tokens")
         recorder.reading = True
@@ -156,12 +152,11 @@ class _Recorder:
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: query (1, H, n, D), all keys and values (1, G, S, D)."""
         layer = module.layer_idx
-        full = kwargs.get("sliding_window") is None
-        if full and self.reading:
+        if self.reading:
             self.stored[layer] = key, value
             self.samples[layer] = QuerySample(self._n_prefill)
             self.samples[layer].add(query)
-        elif full:
+        else:
             self.answers.setdefault(layer, []).append(query[0].cpu())
         if self.reading and layer == self._last:
             # Nobody reads what the last layer makes of the document.
@@ -220,21 +215,6 @@ def _answer_all(
         if len(runs) >= n_heldout:
             break
     return _Answers(runs[:n_heldout], fact_at[:n_heldout], sum(right) / len(right))
-
-
-@contextmanager
-def _registered(model: Any, recorder: _Recorder) -> Iterator[None]:
-    """Inside, the model's attention is the recorder's."""
-    AttentionInterface.register(NAME, recorder.attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(NAME)
-        yield
-        model.set_attn_implementation(before)
-    finally:
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(NAME, None)
 
 
 def _row(ids: list[int], llm: LLM) -> Tensor:
