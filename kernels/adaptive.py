@@ -15,25 +15,16 @@ import torch
 from torch import Tensor
 
 from .coverage import Coverage, Layout, list_blocks, list_coverage
-from .patterns import attend_probes, best_blocks, score_blocks
+from .near_best import CHOOSING, DELTAS, Chooser, count_near_best, list_near_best
+from .patterns import best_blocks, score_blocks
+from .probes import CHECK, FIT, N_FIRST, N_NEAR, Seen, look
 from .sparse import SparseIndex
-
-# Always read: the first tokens, and the nearest blocks of diagonals beside a query's own.
-N_FIRST, N_NEAR = 64, 1
-
-GOLDEN = (math.sqrt(5) - 1) / 2
-
-# Which probes say what to read, and which the budget must hold for.
-FIT, CHECK = slice(0, None, 2), slice(1, None, 2)
 
 # Numbers of columns that are tried, most wanted first. Diagonals make up what is then missing.
 COLUMNS = (0, 16, 64, 256, 512, 1024, 2048, 4096)
 
 # A sparse head reads less than this share of the keys; reading more takes as long as dense attention.
 DENSE_FROM = 0.4
-
-# One query in so many is a probe.
-PROBE_EVERY, MOST_PROBES = 32, 64
 
 
 class Choice(NamedTuple):
@@ -45,29 +36,12 @@ class Choice(NamedTuple):
     missing: float
 
 
-class Seen(NamedTuple):
-    """What n probes of h heads attend to, beside what is always read.
-
-    probes: (h, n, S) mass, zero where it is always read. blocks: (h, n, blocks), the same in blocks of keys.
-    missing: (h, n), all of it. rows: (n,) which queries the probes are; runs, own: the run and the block of each.
-    visible: keys that a probe sees, in the mean.
-    """
-
-    probes: Tensor
-    blocks: Tensor
-    missing: Tensor
-    rows: Tensor
-    runs: Tensor
-    own: Tensor
-    visible: float
-
-
 class Offer(NamedTuple):
     """What a pattern needs to keep within the budget, by head.
 
     cost: (h,) keys that a query reads, beside those always read; infinite if the budget is out of reach. missing: (h,)
-    root mean square of what is left out. n: (h,) how many diagonals or blocks, of `order` (h, any), best first.
-    columns: (h, C) keys, S for none.
+    root mean square of what is left out. n: (h,) how many diagonals or blocks, of `order` (h, any), best first; of
+    "near_best", `order` (h, 1) is how far below. columns: (h, C) keys, S for none.
     """
 
     cost: Tensor
@@ -77,64 +51,69 @@ class Offer(NamedTuple):
     columns: Tensor
 
 
+class Workspace(NamedTuple):
+    """What calls for the heads of one group share. scratch: of `attend_probes`; choosers: one for each KV head."""
+
+    scratch: Tensor | None = None
+    choosers: Sequence[Chooser] = ()
+
+
+NO_WORKSPACE = Workspace()
+
+
 def choose(
-    query: Tensor, keys: Tensor, scale: float, mass: float, layout: Layout, kinds: Sequence[str]
+    query: Tensor,
+    keys: Tensor,
+    scale: float,
+    mass: float,
+    layout: Layout,
+    kinds: Sequence[str],
+    workspace: Workspace = NO_WORKSPACE,
 ) -> tuple[list[Choice], list[tuple[list[int], SparseIndex]]]:
     """The cheapest of `kinds` within the budget for each head, and the lists of those heads that are not dense.
 
     query: (h, T, D); keys: (g, S, D). mass: 1 minus the mass that may be left out, as a root mean square over probes.
     """
-    seen = look(query, keys, scale, layout)
-    makers = {"a_shape": offer_a_shape, "vertical_slash": offer_vertical_slash}
-    offers = {kind: makers[kind](seen, 1 - mass, layout) for kind in kinds if kind in makers}
+    seen, budget = look(query, keys, scale, layout, workspace.scratch), 1 - mass
+    offers: dict[str, Offer] = {}
+    if "a_shape" in kinds:
+        offers["a_shape"] = offer_a_shape(seen, budget, layout)
+    if "vertical_slash" in kinds:
+        offers["vertical_slash"] = offer_vertical_slash(seen, budget, layout)
     if "block_sparse" in kinds:
-        offers["block_sparse"] = offer_block_sparse(seen, 1 - mass, layout, score_blocks(query, keys, scale, layout))
-    always = N_FIRST + (N_NEAR + 0.5) * layout.width
-    cost = torch.stack([offer.cost for offer in offers.values()])
-    best = cost.min(0)
-    missing = torch.stack([offer.missing for offer in offers.values()]).gather(0, best.indices[None])[0]
-    names = list(offers)
-    choices = []
-    for i, n_keys, left in zip(best.indices.tolist(), best.values.tolist(), missing.tolist(), strict=True):
-        density = (n_keys + always) / seen.visible
-        choices.append(Choice(names[i], density, left) if density < DENSE_FROM else Choice("dense", 1.0, 0.0))
+        offers["block_sparse"] = offer_block_sparse(seen, budget, layout, score_blocks(query, keys, scale, layout))
+    choosers = workspace.choosers
+    if "near_best" in kinds:
+        choosers = choosers or [Chooser(head, layout) for head in keys]
+        offers["near_best"] = offer_near_best(seen, budget, layout, query, choosers, scale)
+    choices = _decide(offers, seen, layout)
     parts = []
     for kind, offer in offers.items():
         heads = [h for h, choice in enumerate(choices) if choice.kind == kind]
-        if heads:
-            chosen = Offer(*(x[heads] for x in offer))
-            parts.append((heads, _list_offer(kind, chosen, layout)))
+        if not heads:
+            continue
+        chosen = Offer(*(x[heads] for x in offer))
+        if kind == "near_best":
+            own = [choosers[h * len(choosers) // len(query)] for h in heads]
+            index = list_near_best(query[heads], own, scale, chosen.order[:, 0].tolist(), layout)
+        elif kind == "block_sparse":
+            index = list_blocks(best_blocks(chosen.order, chosen.n, layout), layout)
+        else:
+            index = _list_diagonals(chosen, layout)
+        parts.append((heads, index))
     return choices, parts
 
 
-def look(query: Tensor, keys: Tensor, scale: float, layout: Layout) -> Seen:
-    """Attend with a sample of the queries (h, T, D), evenly spread, to keys (g, S, D)."""
-    T, S, width = layout.T, layout.S, layout.width
-    n = max(2, min(MOST_PROBES, T // PROBE_EVERY))
-    device = query.device
-    rows = probe_rows(T, n, width, device)
-    probes = attend_probes(query, keys, scale, rows)
-    own = layout.n_before + rows // width
-    near = layout.first_key + (own - N_NEAR) * width
-    position = torch.arange(S, device=device)
-    probes.masked_fill_((position >= near[:, None]) | (position < N_FIRST), 0)
-    padded = torch.nn.functional.pad(probes, (-layout.first_key, (layout.first_key - S) % width))
-    blocks = padded.view(*probes.shape[:2], -1, width).sum(3)
-    visible = layout.past + float(rows.float().mean()) + 1
-    return Seen(probes, blocks, blocks.sum(2), rows, rows // layout.rows, own, visible)
-
-
-def probe_rows(T: int, n: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(n,) one query in each n-th of T.
-
-    Those that say what to read stand by turns near the first and the last place of their block, where one diagonal of
-    keys lies in two blocks of diagonals; those that check stand anywhere.
-    """
-    stretch = torch.arange(n, device=device, dtype=torch.float64)
-    rows = ((stretch + (stretch * GOLDEN) % 1) * (T / n)).long()
-    ends = rows // width * width + torch.where(stretch % 4 == 0, min(2, width - 1), max(0, width - 3))
-    rows[FIT] = ends[FIT].clamp_max(T - 1)
-    return rows
+def _decide(offers: dict[str, Offer], seen: Seen, layout: Layout) -> list[Choice]:
+    """The cheapest offer of each head; dense, if that is too dear."""
+    always = N_FIRST + (N_NEAR + 0.5) * layout.width
+    cost, best = torch.stack([offer.cost for offer in offers.values()]).min(0)
+    missing = torch.stack([offer.missing for offer in offers.values()]).gather(0, best[None])[0]
+    kinds, choices = list(offers), []
+    for i, n_keys, left in zip(best.tolist(), cost.tolist(), missing.tolist(), strict=True):
+        density = (n_keys + always) / seen.visible
+        choices.append(Choice(kinds[i], density, left) if density < DENSE_FROM else Choice("dense", 1.0, 0.0))
+    return choices
 
 
 def offer_a_shape(seen: Seen, budget: float, layout: Layout) -> Offer:
@@ -147,7 +126,9 @@ def offer_a_shape(seen: Seen, budget: float, layout: Layout) -> Offer:
 def offer_vertical_slash(seen: Seen, budget: float, layout: Layout) -> Offer:
     """Some columns, and the diagonals that they leave wanting; the cheapest of a few numbers of columns."""
     # Queries that miss more have more to say.
-    wanted = torch.einsum("hn,hns->hs", seen.missing[:, FIT], seen.probes[:, FIT])
+    says = torch.zeros_like(seen.missing)
+    says[:, FIT] = seen.missing[:, FIT]
+    wanted = (says[:, None] @ seen.probes)[:, 0]
     top = wanted.topk(min(COLUMNS[-1], layout.S), dim=1)
     taken = seen.probes.gather(2, top.indices[:, None].expand(-1, seen.probes.shape[1], -1))
     at = torch.div(top.indices - layout.first_key, layout.width, rounding_mode="floor")[:, None].expand_as(taken)
@@ -170,6 +151,22 @@ def offer_block_sparse(seen: Seen, budget: float, layout: Layout, scores: Tensor
     order = scores[:, seen.runs].argsort(dim=2, descending=True)
     offer = _take(seen.blocks.gather(2, order), None, seen.missing, budget, layout)
     return offer._replace(order=scores)
+
+
+def offer_near_best(
+    seen: Seen, budget: float, layout: Layout, query: Tensor, choosers: Sequence[Chooser], scale: float
+) -> Offer:
+    """The keys that come near the best of a query, chosen for every run; what they are is not known before."""
+    # Half of those that check: they have no part in the choice, and the masks take time.
+    probes, best = seen.probes[:, CHECK][:, ::2], seen.best[:, CHECK][:, ::2, None]
+    left = torch.stack([(probes * (probes < best * math.exp(-delta))).sum(2) for delta in DELTAS], dim=1)
+    left = left.square().mean(2).sqrt()  # [h, len(DELTAS)]
+    within = left <= budget
+    n = torch.where(within.any(1), within.float().argmax(1), len(DELTAS) - 1)
+    deltas = torch.tensor(DELTAS)[n]
+    found = count_near_best(query, choosers, scale, deltas.tolist(), layout)
+    cost = torch.where(within.any(1), found + CHOOSING * seen.visible, torch.inf)
+    return Offer(cost, left.gather(1, n[:, None])[:, 0], n, deltas[:, None], n.new_empty((len(n), 0)))
 
 
 def _by_distance(blocks: Tensor, own: Tensor) -> Tensor:
@@ -207,9 +204,8 @@ def _cheaper(first: Offer, second: Offer) -> Offer:
     )
 
 
-def _list_offer(kind: str, offer: Offer, layout: Layout) -> SparseIndex:
-    if kind == "block_sparse":
-        return list_blocks(best_blocks(offer.order, offer.n, layout), layout)
+def _list_diagonals(offer: Offer, layout: Layout) -> SparseIndex:
+    """The diagonals and columns of an offer, and those always read."""
     diagonals = torch.zeros((len(offer.n), layout.n_blocks), dtype=torch.bool, device=offer.n.device)
     chosen = _counted(offer.order, offer.n)
     diagonals.scatter_(1, offer.order, chosen)

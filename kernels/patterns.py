@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .coverage import Coverage, Layout, list_blocks, list_coverage
+from .probes import attend_probes, sum_diagonals
 from .sparse import SparseIndex
 
 KINDS = ("a_shape", "vertical_slash", "block_sparse", "dense")
@@ -99,24 +100,6 @@ def best_blocks(scores: Tensor, n_best: Tensor, layout: Layout) -> Tensor:
     """(h, N, blocks) bool: the n_best (h,) blocks of each run by `scores`, and in any case those that it must read."""
     rank = scores.argsort(dim=2, descending=True).argsort(dim=2)
     return (rank < n_best[:, None, None]) & (scores > -torch.inf) | (scores == torch.inf)
-
-
-def attend_probes(query: Tensor, keys: Tensor, scale: float, rows: Tensor) -> Tensor:
-    """(h, n, S) float32: the exact causal softmax of the queries at `rows` of (h, T, D) over keys (g, S, D)."""
-    (g, S, D), (h, T) = keys.shape, query.shape[:2]
-    folded = (query[:, rows].float() * scale).reshape(g, -1, D)
-    scores = (folded @ keys.float().mT).view(h, -1, S)
-    future = torch.arange(S, device=keys.device) > rows[:, None] + (S - T)
-    return scores.masked_fill_(future, -torch.inf).softmax(-1)
-
-
-def sum_diagonals(probes: Tensor) -> Tensor:
-    """(h, S): of consecutive queries, the last of which is at S - 1, the sum at each distance from the query."""
-    h, n, S = probes.shape
-    # Each row is written one place further left than the one below it: diagonals become columns.
-    skewed = probes.new_zeros((h, n * (S + n)))
-    skewed.as_strided((h, n, S), (n * (S + n), S + n - 1, 1), n - 1).copy_(probes)
-    return skewed.view(h, n, S + n).sum(1)[:, :S].flip(1)
 
 
 def blocks_at(distances: Tensor, layout: Layout) -> Tensor:

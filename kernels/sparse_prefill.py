@@ -5,17 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .adaptive import MOST_PROBES, Choice, choose
+from .adaptive import Choice, Workspace, choose
 from .coverage import Layout, stack_heads
 from .merge import AttentionState
+from .near_best import Chooser, is_quick
 from .patterns import KINDS, HeadPattern, check_patterns, fixed_index
 from .prefill import attend_dense
+from .probes import MOST_PROBES, n_probes
 from .sparse import SparseIndex, attend_sparse, check_causal
 
-SPARSE_KINDS = KINDS[:3]
+# What is chosen from: the three patterns, and on a CPU that is quick at it, keys chosen for every run.
+SPARSE_KINDS = (*KINDS[:3], "near_best")
 
-# Bytes of the probes' attention held at once: a CPU's cache is small, a GPU's launches are dear.
-PROBED_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
+# Bytes of the probes' attention that a GPU holds at once.
+PROBED_BYTES = 1 << 30
 
 
 def attend_patterns(
@@ -43,31 +46,43 @@ def attend_patterns(
 
 
 def attend_adaptive(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, mass: float, kinds: Sequence[str] = SPARSE_KINDS
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, mass: float, kinds: Sequence[str] | None = None
 ) -> tuple[AttentionState, list[Choice]]:
     """Causal attention of each query head by the cheapest pattern that keeps enough of the attention.
 
     Shapes, devices, dtypes and errors as of `attend_patterns`. mass: above 0 and below 1; the mass left out is at most
-    1 - mass, as a root mean square over a sample of the queries. kinds: the patterns to choose from; a head for which
-    none is worth its while is dense. Returns the state and the B * H choices.
+    1 - mass, as a root mean square over a sample of the queries. kinds: the patterns to choose from, None for those
+    that pay on this machine ("near_best" runs on CPUs only); a head for which none is worth its while is dense. Returns
+    the state and the B * H choices.
     """
     check_causal(query, keys, values)
+    on_cpu = query.device.type == "cpu"
+    if kinds is None:
+        kinds = SPARSE_KINDS if on_cpu and is_quick() else KINDS[:3]
     if not 0 < mass < 1:
         raise ValueError(f"mass must be above 0 and below 1 (a share of the attention mass), got {mass!r}")
-    if not kinds or not set(kinds) <= set(SPARSE_KINDS):
-        raise ValueError(f"kinds must be some of {', '.join(SPARSE_KINDS)}, got {', '.join(map(str, kinds)) or 'none'}")
+    allowed = SPARSE_KINDS if on_cpu else KINDS[:3]
+    if not kinds or not set(kinds) <= set(allowed):
+        raise ValueError(f"kinds must be some of {', '.join(allowed)}, got {', '.join(map(str, kinds)) or 'none'}")
     (B, H, T, _), (G, S) = query.shape, keys.shape[1:3]
     R, layout = H // G, Layout(T, S)
-    groups = max(1, PROBED_BYTES.get(query.device.type, 1 << 25) // (4 * MOST_PROBES * R * max(S, 1)))
+    # A CPU looks at one head at a time, in memory that it has at hand; a GPU at all, for its launches are dear.
+    n_groups, n_heads = (1, 1) if on_cpu else (max(1, PROBED_BYTES // (4 * MOST_PROBES * R * max(S, 1))), R)
+    scratch = query.new_empty(n_probes(T) * S, dtype=torch.float32) if on_cpu else None
     choices: list[Choice] = []
     rows = []
     for b in range(B):
         lists: list[tuple[list[int], SparseIndex]] = []
-        for g in range(0, G if T else 0, groups):
-            some = slice(g * R, (g + groups) * R)
-            chosen, found = choose(query[b, some], keys[b, g : g + groups], scale, mass, layout, kinds)
-            choices += chosen
-            lists += [([g * R + h for h in heads], index) for heads, index in found]
+        for g in range(0, G if T else 0, n_groups):
+            wide = keys[b, g : g + n_groups].float()
+            choosers = [Chooser(head, layout) for head in wide] if "near_best" in kinds else []
+            workspace = Workspace(scratch, choosers)
+            last = min(G, g + n_groups) * R
+            for h in range(g * R, last, n_groups * n_heads):
+                some = slice(h, min(last, h + n_groups * n_heads))
+                chosen, found = choose(query[b, some], wide, scale, mass, layout, kinds, workspace)
+                choices += chosen
+                lists += [([h + i for i in heads], index) for heads, index in found]
         rows.append(lists)
     return _attend_rows(query, keys, values, scale, rows), choices
 

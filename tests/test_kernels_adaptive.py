@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from retrieval_attn.kernels import reference
-from retrieval_attn.kernels.adaptive import CHECK, choose, look
+from retrieval_attn.kernels.adaptive import choose
 from retrieval_attn.kernels.coverage import Layout, stack_heads
+from retrieval_attn.kernels.probes import CHECK, look
 
 KINDS = ("a_shape", "vertical_slash", "block_sparse")
 

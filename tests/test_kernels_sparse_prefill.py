@@ -77,6 +77,20 @@ def test_local_heads_are_sparse_and_as_good_as_asked(past):
     assert sum(choice.kind == "dense" for choice in choices) <= 6
 
 
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_nan_is_not_hidden(where):
+    """Whoever gives NaN gets NaN, as from dense attention, and never a number made of it."""
+    query, keys, values, scale = peaky(G=1, R=2, T=300, S=900, D=16)
+    {"query": query, "key": keys, "value": values}[where][0, 0, 299 if where == "query" else 5] = torch.nan
+    for state in (
+        attend_adaptive(query, keys, values, scale, 0.9)[0],
+        attend_patterns(query, keys, values, scale, [EVERYTHING["vertical_slash"], EVERYTHING["block_sparse"]]),
+    ):
+        spoiled = state.out.isnan().any(-1)[0]
+        assert spoiled[0].all() if where != "query" else spoiled[0, 299]
+        assert not spoiled[1, :299].any() if where == "query" else spoiled[1].all()
+
+
 def test_no_queries_and_bad_input():
     query, keys, values, scale = peaky(T=70, S=90)
     dense = [EVERYTHING["dense"]] * query.shape[1]
@@ -91,7 +105,9 @@ def test_no_queries_and_bad_input():
         attend_adaptive(query, keys[:, :, :60], values[:, :, :60], scale, 0.9)
     with pytest.raises(ValueError, match=r"mass must be above 0 and below 1 .* got 1\.5"):
         attend_adaptive(query, keys, values, scale, 1.5)
-    with pytest.raises(ValueError, match="kinds must be some of a_shape, vertical_slash, block_sparse, got x"):
+    with pytest.raises(
+        ValueError, match="kinds must be some of a_shape, vertical_slash, block_sparse, near_best, got x"
+    ):
         attend_adaptive(query, keys, values, scale, 0.9, ["x"])
     with pytest.raises(ValueError, match="heads H a multiple of G"):
         attend_adaptive(query[:, :3], keys, values, scale, 0.9)
