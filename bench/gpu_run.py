@@ -14,11 +14,12 @@ from retrieval_attn.bench.kernels_steps import measure_steps
 from retrieval_attn.bench.kernels_time import peak_flops
 from retrieval_attn.bench.report_format import SCHEMA_VERSION, Row, short
 from retrieval_attn.bench.vectors_prefill import Prompt, prefill_vectors
+from retrieval_attn.config import RetrievalConfig
 
 # Shares of the time; what a part leaves over, the next ones have.
 SHARES = {"correctness": 0.3, "end to end": 0.3, "prefill": 0.4}
 
-MASS = 0.98
+MASS = RetrievalConfig.prefill_mass
 
 
 class Sizes(NamedTuple):

@@ -12,6 +12,7 @@ from retrieval_attn.bench import report_format
 from retrieval_attn.bench.kernels_options import DEVICES, DTYPES, PATTERNS, STEPS, Options, make_options
 from retrieval_attn.bench.latency_options import SHAPES, choose
 from retrieval_attn.bench.report_format import FORMATS, Row, short
+from retrieval_attn.config import RetrievalConfig
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.kernels_measure import Plan
@@ -27,7 +28,7 @@ def command(
     steps: Annotated[str, _option(f"{', '.join(STEPS)}; or none.", "--steps")] = ",".join(STEPS),
     source: Annotated[str, _option("shaped_mixed, shaped, or real:LAYER.", "--source", "-s")] = "shaped_mixed",
     shape: Annotated[str, _option(f"{', '.join(SHAPES)} or H,G,D; a real layer has its own.", "--shape")] = "llama3-8b",
-    mass: Annotated[float, _option("Attention mass that auto keeps.", "--mass")] = 0.98,
+    mass: Annotated[float, _option("Attention mass that the first two keep.", "--mass")] = RetrievalConfig.prefill_mass,
     chunk: Annotated[int, _option("Queries in a call of prefill.", "--chunk")] = 2048,
     repeat: Annotated[int, _option("Turns; kernels take turns in each.", "--repeat", "-r")] = 3,
     dtype: Annotated[str, _option(f"{' or '.join(DTYPES)}.", "--dtype")] = "bfloat16",
@@ -153,7 +154,8 @@ def notes(options: Options, env: dict[str, Any]) -> list[str]:
         f"of {options.repeat} turns, the kernels in turn on the same chunk; choosing what to read is in the time",
         "sdpa: PyTorch's, with causal_lower_right where a chunk has a past, key heads repeated before; dense: the same "
         "library kernels without a mask, square and past merged; one call: the whole prompt, is_causal, no chunks",
-        f"auto keeps a mass of {options.mass}; the others have the paper's sizes (arXiv 2407.02490)",
+        f"auto and mass_vertical_slash keep a mass of {options.mass}, as a root mean square; the others have the sizes "
+        "of MInference's paper (arXiv 2407.02490)",
         "density: share of the causal pairs that are read; of auto as its choices say, else counted; mass: share of "
         "the softmax that was read, and rel. error against float32, both over 32 queries a chunk and all heads",
         "TFLOP/s: of what the kernel reads; GB/s: of what a call must move at least",

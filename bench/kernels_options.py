@@ -14,7 +14,8 @@ from retrieval_attn.bench.latency_options import (
     parse_shape,
 )
 
-PATTERNS = ("auto", "a_shape", "vertical_slash", "block_sparse")
+# Those of the paper's sizes come last.
+PATTERNS = ("auto", "mass_vertical_slash", "a_shape", "vertical_slash", "block_sparse")
 STEPS = ("near", "merge", "nearest_keys")
 
 
@@ -22,7 +23,7 @@ STEPS = ("near", "merge", "nearest_keys")
 class Options:
     """One sweep: prefill by every pattern and by dense attention at every length, and the kernels of decode and build.
 
-    mass: of "auto". chunk: queries in a call of prefill. repeat: times that each kernel has its turn.
+    mass: of "auto" and "mass_vertical_slash". chunk: queries in a call of prefill. repeat: turns of each kernel.
     """
 
     lengths: tuple[int, ...]

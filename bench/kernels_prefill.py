@@ -4,7 +4,7 @@ A method is prepared for a chunk, which costs what a caller would pay once (a ma
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,12 +87,16 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def auto(mass: float) -> Callable[[Chunk], Run]:
+# What the patterns by a budget of mass choose from; None: all that pay on this machine.
+ADAPTIVE = {"auto": None, "mass_vertical_slash": ("vertical_slash",)}
+
+
+def adaptive(mass: float, kinds: Sequence[str] | None) -> Callable[[Chunk], Run]:
     """Each head by the cheapest pattern that keeps so much of the mass; the choice is part of the time."""
 
     def prepare(chunk: Chunk) -> Run:
         def run() -> Result:
-            state, choices = attend_adaptive(*chunk, chunk.scale, mass)
+            state, choices = attend_adaptive(*chunk, chunk.scale, mass, kinds)
             return Result(*state, sum(choice.density for choice in choices) / len(choices))
 
         return run
@@ -116,7 +120,7 @@ def methods(patterns: tuple[str, ...], mass: float, device: str) -> dict[str, Ca
     if device.startswith("cuda"):
         found["flex"] = flex
     for name in patterns:
-        found[name] = auto(mass) if name == "auto" else fixed(DEFAULT_SIZES[name])
+        found[name] = adaptive(mass, ADAPTIVE[name]) if name in ADAPTIVE else fixed(DEFAULT_SIZES[name])
     return found
 
 

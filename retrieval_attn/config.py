@@ -41,14 +41,14 @@ class RetrievalConfig:
     exact_below: a far context shorter than this is scanned exactly instead of indexed, because building would cost
         more than it saves. 0 always builds.
     prefill: how a prompt attends to itself. "dense" is exact. "auto" lets each head leave out what a sample of its
-        queries hardly attends to, by the cheapest pattern that suffices, in chunks that have at least `dense_below` keys
-        before their end; heads for which nothing pays stay dense. "a_shape", "vertical_slash" and "block_sparse"
+        queries hardly attends to, by the cheapest pattern that suffices, in chunks that have at least `dense_below`
+        keys before their end; heads for which nothing pays stay dense. "a_shape", "vertical_slash" and "block_sparse"
         give every head that pattern at the sizes of MInference's paper, and the path of a .json file (from
         `retrieval-attn search-patterns`, or as MInference publishes them) gives each head its own. Turns of fewer than
         512 tokens, and the last tokens of a prompt, are exact in any case.
-    prefill_mass: of "auto", the share of the attention mass that is kept; what is left out is at most 1 - prefill_mass,
-        as a root mean square over queries that had no part in the choice. At 0.95 the output of a layer was 1 to 2 % off
-        on the embedded model (bench/results/kernels-*.json).
+    prefill_mass: of "auto", the share of the attention mass that is kept; what is left out is at most 1 minus it, as a
+        root mean square over queries that had no part in the choice. At 0.95 the output of a layer of the embedded
+        model was 1 to 2 % off (bench/results/kernels-*.json).
     dense_below: of "auto", where sparse attention begins to pay, in tokens; None measures it once on the device, and
         is never below 8192.
     prefill_chunk: prompt tokens per forward pass; bounds the memory of activations.
