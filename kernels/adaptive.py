@@ -120,7 +120,8 @@ def offer_a_shape(seen: Seen, budget: float, layout: Layout) -> Offer:
     """The nearest diagonals, without a gap."""
     by_distance = _by_distance(seen.blocks, seen.own)
     nearest = torch.arange(by_distance.shape[2], device=by_distance.device).expand(len(by_distance), -1)
-    return _take(by_distance, nearest, seen.missing, budget, layout)
+    offer = _take(by_distance, nearest, seen.missing, budget, layout)
+    return _without(offer, 1 + N_NEAR, layout)
 
 
 def offer_vertical_slash(seen: Seen, budget: float, layout: Layout) -> Offer:
@@ -131,6 +132,7 @@ def offer_vertical_slash(seen: Seen, budget: float, layout: Layout) -> Offer:
     wanted = (says[:, None] @ seen.probes)[:, 0]
     top = wanted.topk(min(COLUMNS[-1], layout.S), dim=1)
     taken = seen.probes.gather(2, top.indices[:, None].expand(-1, seen.probes.shape[1], -1))
+    taken *= (top.values > 0)[:, None]
     at = torch.div(top.indices - layout.first_key, layout.width, rounding_mode="floor")[:, None].expand_as(taken)
     columns = torch.where(top.values > 0, top.indices, layout.S)
     blocks, missing, best, done = seen.blocks.clone(), seen.missing, None, 0
@@ -150,7 +152,7 @@ def offer_block_sparse(seen: Seen, budget: float, layout: Layout, scores: Tensor
     """As many blocks for every run, those whose mean key its mean query likes best; scores: (h, N, blocks)."""
     order = scores[:, seen.runs].argsort(dim=2, descending=True)
     offer = _take(seen.blocks.gather(2, order), None, seen.missing, budget, layout)
-    return offer._replace(order=scores)
+    return _without(offer, 2 + N_NEAR, layout)._replace(order=scores)
 
 
 def offer_near_best(
@@ -188,6 +190,11 @@ def _take(parts: Tensor, order: Tensor | None, missing: Tensor, budget: float, l
     cost = torch.where(within.any(1), (n * layout.width).float(), torch.inf)
     none = n.new_empty((len(n), 0))
     return Offer(cost, left.gather(1, n[:, None])[:, 0], n, none if order is None else order, none)
+
+
+def _without(offer: Offer, n_always: int, layout: Layout) -> Offer:
+    """The offer, without the cost of diagonals or blocks that are read in any case and stand first in its order."""
+    return offer._replace(cost=(offer.cost - n_always * layout.width).clamp_min(0))
 
 
 def _counted(x: Tensor, n: Tensor | int) -> Tensor:

@@ -79,7 +79,7 @@ def has_triton(device: torch.device) -> bool:
         reason = f"Triton wants compute capability 8.0, which {torch.cuda.get_device_name(device)} has not"
     else:
         return True
-    log.warning("attention near, merge and exact kNN run in plain PyTorch, which is slower: %s", reason)
+    log.warning("no Triton kernel runs here: prefill is dense and the rest plain PyTorch, which is slower: %s", reason)
     return False
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .coverage import Coverage, Layout, list_blocks, list_coverage
-from .probes import attend_probes, sum_diagonals
+from .probes import N_FIRST, N_NEAR, attend_probes, sum_diagonals
 from .sparse import SparseIndex
 
 KINDS = ("a_shape", "vertical_slash", "block_sparse", "dense")
@@ -22,7 +22,7 @@ KINDS = ("a_shape", "vertical_slash", "block_sparse", "dense")
 N_PROBES = 64
 
 # Always read by "vertical_slash": the first tokens, and the nearest diagonals, in tokens.
-N_FIRST, N_RECENT = 30, 100
+FIRST_COLUMNS, NEAREST_SLASHES = 30, 100
 
 
 class HeadPattern(NamedTuple):
@@ -81,17 +81,17 @@ def vertical_slash(query: Tensor, keys: Tensor, scale: float, pattern: HeadPatte
     """
     probes = attend_probes(query, keys, scale, torch.arange(max(0, layout.T - N_PROBES), layout.T, device=query.device))
     columns, slashes = probes.sum(1), sum_diagonals(probes)
-    columns[:, :N_FIRST] = torch.inf
-    slashes[:, :N_RECENT] = torch.inf
-    n_columns = min(max(pattern.vertical, N_FIRST), layout.S)
-    n_slashes = min(max(pattern.slash, N_RECENT), layout.S)
+    columns[:, :FIRST_COLUMNS] = torch.inf
+    slashes[:, :NEAREST_SLASHES] = torch.inf
+    n_columns = min(max(pattern.vertical, FIRST_COLUMNS), layout.S)
+    n_slashes = min(max(pattern.slash, NEAREST_SLASHES), layout.S)
     chosen = columns.topk(n_columns, dim=1).indices.sort(dim=1).values
     distances = slashes.topk(n_slashes, dim=1).indices
     return Coverage(blocks_at(distances, layout), chosen)
 
 
 def block_sparse(query: Tensor, keys: Tensor, scale: float, n_best: int, layout: Layout) -> Tensor:
-    """(h, N, blocks) bool: for each run its own blocks, the first, and those that look best in the mean: `n_best`."""
+    """(h, N, blocks) bool: for each run the `n_best` that look best in the mean, those that it must read first."""
     scores = score_blocks(query, keys, scale, layout)
     return best_blocks(scores, torch.full((len(scores),), n_best, device=query.device), layout)
 
@@ -114,8 +114,8 @@ def blocks_at(distances: Tensor, layout: Layout) -> Tensor:
 def score_blocks(query: Tensor, keys: Tensor, scale: float, layout: Layout) -> Tensor:
     """(h, N, blocks) float32: how the mean query of each run likes the mean key of each block.
 
-    Infinite for blocks that must be read: the run's own, the one before it, and that of the first key; -inf for blocks
-    that the run does not see.
+    Infinite for blocks that must be read: the run's own, the one before it, and those of the first 64 keys; -inf for
+    blocks that the run does not see.
     """
     queries = _means(query, 0, layout.rows)
     centres = _means(keys, -layout.first_key, layout.width).repeat_interleave(len(query) // len(keys), dim=0)
@@ -123,7 +123,8 @@ def score_blocks(query: Tensor, keys: Tensor, scale: float, layout: Layout) -> T
     span = layout.rows // layout.width
     own = layout.n_before + span * torch.arange(queries.shape[1], device=keys.device)[:, None]
     scores = (queries * scale) @ centres.mT
-    scores.masked_fill_((block >= own - 1) | (block == 0), torch.inf)
+    first = layout.first_key + block * layout.width < N_FIRST
+    scores.masked_fill_((block >= own - N_NEAR) | first, torch.inf)
     return scores.masked_fill_(block >= own + span, -torch.inf)
 
 

@@ -21,7 +21,7 @@ class SparseIndex(NamedTuple):
     """Which keys each run of `rows` consecutive queries attends to.
 
     The queries are the last T of S positions, in N = ceil(T / rows) runs. Positions are those of keys, 0 to S - 1; what
-    is listed after a query, below 0 or past S - 1 is left out, and no position may be listed twice in a run.
+    is listed after a query, below 0 or past S - 1 is left out. A position listed twice in a run would count twice.
 
     blocks: (B, H, N, A) int32, first position of each block of `width` consecutive keys.
     n_blocks: (B, H, N) int32, how many blocks the run has; the rest of its row means nothing.

@@ -40,8 +40,15 @@ class _Listed:
     def __init__(self, index: SparseIndex, past: int, n_keys: int) -> None:
         self._arrays = tuple(x.numpy() for x in index[:4])
         self._past, self._rows, self._width, self._n_keys = past, index.rows, index.width, n_keys
-        most = index.blocks.shape[3] * index.width + index.columns.shape[3]
-        self._ids = np.empty(min(most, n_keys), np.int64)
+        most = 0
+        for name, counts, x, size in (
+            ("n_blocks", index.n_blocks, index.blocks, index.width), ("n_columns", index.n_columns, index.columns, 1),
+        ):  # fmt: skip
+            low, high = (int(n) for n in torch.aminmax(counts))
+            if low < 0 or high > x.shape[3]:
+                raise ValueError(f"index.{name} must be between 0 and {x.shape[3]}, got {low} to {high}")
+            most += size * high
+        self._ids = np.empty(most, np.int64)
 
     def of(self, b: int, h: int, n: int) -> tuple[Tensor, Tensor]:
         """Ids of the keys of a run, those first that its first query does not see; and how far these are behind it."""
@@ -50,6 +57,8 @@ class _Listed:
         lists = blocks[:n_blocks], columns[:n_columns], self._width
         n_late = _list_keys(*lists, first + 1, min(first + self._rows, self._n_keys), self._ids, 0)
         n_all = _list_keys(*lists, 0, first + 1, self._ids, n_late)
+        if n_late >= self._rows or n_all > self._n_keys:
+            raise ValueError(f"index must list no key twice in a run, got {n_all} keys of {self._n_keys} in run {n}")
         ids = torch.from_numpy(self._ids[:n_all])
         return ids, ids[:n_late] - first
 
@@ -89,7 +98,7 @@ class _Runs:
         if len(late) == len(ids):
             # Some queries may see no key at all, of which the fused kernel would make NaN.
             k, v = chosen
-            state = attend((query @ k.T).float() * scale + mask.float(), v.float())
+            state = attend(query.float() @ k.float().T * scale + mask.float(), v.float())
             return state.out, state.lse
         k, v = chosen
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

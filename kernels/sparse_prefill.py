@@ -17,6 +17,9 @@ from .sparse import SparseIndex, attend_sparse, check_causal
 # What is chosen from: the three patterns, and on a CPU that is quick at it, keys chosen for every run.
 SPARSE_KINDS = (*KINDS[:3], "near_best")
 
+# Some heads, and what they read.
+Listed = tuple[list[int], SparseIndex]
+
 # Bytes of the probes' attention that a GPU holds at once.
 PROBED_BYTES = 1 << 30
 
@@ -30,19 +33,21 @@ def attend_patterns(
     `attend_sparse`. patterns: one for each of the H heads, or ValueError.
     """
     check_causal(query, keys, values)
-    H, T = query.shape[1:3]
+    (B, H, T, _), (G, S) = query.shape, keys.shape[1:3]
     check_patterns(patterns, H)
-    R, layout = H // keys.shape[1], Layout(T, keys.shape[2])
-
-    def lists(b: int) -> list[tuple[list[int], SparseIndex]]:
-        found = []
-        for pattern in dict.fromkeys(pattern for pattern in patterns if pattern.kind != "dense"):
-            heads = [h for h, other in enumerate(patterns) if other == pattern]
-            seen = keys[b] if len(heads) == H else keys[b, [h // R for h in heads]]
-            found.append((heads, fixed_index(query[b, heads], seen, scale, pattern, layout)))
-        return found
-
-    return _attend_rows(query, keys, values, scale, [lists(b) if T else [] for b in range(len(query))])
+    R, layout = H // G, Layout(T, S)
+    # Heads of one list share their key heads, so where patterns differ a call serves one key head.
+    step = groups_at_once(query, keys) if len(set(patterns)) == 1 else 1
+    rows = []
+    for b in range(B):
+        lists: list[Listed] = []
+        for g in range(0, G if T else 0, step):
+            group = range(g * R, min(G, g + step) * R)
+            for pattern in dict.fromkeys(patterns[h] for h in group if patterns[h].kind != "dense"):
+                heads = [h for h in group if patterns[h] == pattern]
+                lists.append((heads, fixed_index(query[b, heads], keys[b, g : g + step], scale, pattern, layout)))
+        rows.append(lists)
+    return _attend_rows(query, keys, values, scale, rows)
 
 
 def attend_adaptive(
@@ -66,20 +71,21 @@ def attend_adaptive(
         raise ValueError(f"kinds must be some of {', '.join(allowed)}, got {', '.join(map(str, kinds)) or 'none'}")
     (B, H, T, _), (G, S) = query.shape, keys.shape[1:3]
     R, layout = H // G, Layout(T, S)
-    # A CPU looks at one head at a time, in memory that it has at hand; a GPU at all, for its launches are dear.
-    n_groups, n_heads = (1, 1) if on_cpu else (max(1, PROBED_BYTES // (4 * MOST_PROBES * R * max(S, 1))), R)
-    scratch = query.new_empty(n_probes(T) * S, dtype=torch.float32) if on_cpu else None
+    n_groups = groups_at_once(query, keys)
+    # A CPU looks at one head of the group at a time, in memory that it has at hand.
+    n_heads = 1 if on_cpu and n_groups == 1 else n_groups * R
+    scratch = query.new_empty(n_heads * n_probes(T) * S, dtype=torch.float32) if on_cpu else None
     choices: list[Choice] = []
     rows = []
     for b in range(B):
-        lists: list[tuple[list[int], SparseIndex]] = []
+        lists: list[Listed] = []
         for g in range(0, G if T else 0, n_groups):
             wide = keys[b, g : g + n_groups].float()
             choosers = [Chooser(head, layout) for head in wide] if "near_best" in kinds else []
             workspace = Workspace(scratch, choosers)
             last = min(G, g + n_groups) * R
-            for h in range(g * R, last, n_groups * n_heads):
-                some = slice(h, min(last, h + n_groups * n_heads))
+            for h in range(g * R, last, n_heads):
+                some = slice(h, min(last, h + n_heads))
                 chosen, found = choose(query[b, some], wide, scale, mass, layout, kinds, workspace)
                 choices += chosen
                 lists += [([h + i for i in heads], index) for heads, index in found]
@@ -87,9 +93,15 @@ def attend_adaptive(
     return _attend_rows(query, keys, values, scale, rows), choices
 
 
-def _attend_rows(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, rows: list[list[tuple[list[int], SparseIndex]]]
-) -> AttentionState:
+def groups_at_once(query: Tensor, keys: Tensor) -> int:
+    """How many KV heads' queries are probed in one call: on a CPU one; on a GPU, whose launches are dear, what fits."""
+    if query.device.type == "cpu":
+        return 1
+    R = query.shape[1] // keys.shape[1]
+    return max(1, PROBED_BYTES // (4 * MOST_PROBES * R * max(keys.shape[2], 1)))
+
+
+def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, scale: float, rows: list[list[Listed]]) -> AttentionState:
     """Row by row of the batch, each with the lists of its heads; heads without a list are dense."""
     states = [
         _attend_row(query[b : b + 1], keys[b : b + 1], values[b : b + 1], scale, lists) for b, lists in enumerate(rows)
@@ -99,16 +111,15 @@ def _attend_rows(
     return AttentionState(torch.cat([state.out for state in states]), torch.cat([state.lse for state in states]))
 
 
-def _attend_row(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, lists: list[tuple[list[int], SparseIndex]]
-) -> AttentionState:
+def _attend_row(query: Tensor, keys: Tensor, values: Tensor, scale: float, lists: list[Listed]) -> AttentionState:
     if not lists:
         return attend_dense(query, keys, values, scale, causal=True)
-    H = query.shape[1]
+    H, G = query.shape[1], keys.shape[1]
     state = attend_sparse(query, keys, values, scale, stack_heads(lists, H))
-    dense = sorted(set(range(H)) - {h for heads, _ in lists for h in heads})
-    if dense:
-        kv = [h // (H // keys.shape[1]) for h in dense]
-        exact = attend_dense(query[:, dense], keys[:, kv], values[:, kv], scale, causal=True)
-        state.out[:, dense], state.lse[:, dense] = exact
+    listed = {h for heads, _ in lists for h in heads}
+    for g in range(G):
+        # Key head by key head, whose keys are then not copied for each of its query heads.
+        if dense := [h for h in range(g * H // G, (g + 1) * H // G) if h not in listed]:
+            exact = attend_dense(query[:, dense], keys[:, g : g + 1], values[:, g : g + 1], scale, causal=True)
+            state.out[:, dense], state.lse[:, dense] = exact
     return state

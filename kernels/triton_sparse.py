@@ -82,7 +82,7 @@ def _attend(
     run = head * N + tile * BLOCK_M // ROWS
     blocks += run * A
     columns += run * C
-    n = tl.load(n_blocks + run)
+    n = tl.minimum(tl.load(n_blocks + run), A)
     low, high = _whole_blocks(blocks, n, S - T + tile * BLOCK_M + 1 - WIDTH)
 
     # The output is kept in two halves: where they are no wider than high, each warp owns whole rows of the scores.
@@ -111,7 +111,7 @@ def _attend(
             D, BLOCK_D, WHOLE=False,
         )  # fmt: skip
 
-    n = tl.load(n_columns + run)
+    n = tl.minimum(tl.load(n_columns + run), C)
     listed = tl.arange(0, BLOCK_N)
     ahead = tl.load(columns + listed, mask=listed < n, other=-1)
     for _ in range(0, n, BLOCK_N):

@@ -17,7 +17,7 @@ def noise(*shape):
 
 def local(query, keys):
     """Every query looks about itself."""
-    for x, offset in ((query, S - T), (keys, 0)):
+    for x, offset in ((query, len(keys) - T), (keys, 0)):
         phase = 0.004 * (offset + torch.arange(len(x)))
         x[:, 0], x[:, 1] = 70 * phase.cos(), 70 * phase.sin()
 
@@ -37,9 +37,11 @@ def slashes(query, keys):
 
 def passages(query, keys):
     """Every 64 queries want a passage of their own, of 64 keys."""
-    topics = torch.randn(S // 64 + 1, D)
-    keys += 6 * topics.repeat_interleave(64, 0)[:S]
-    first = S - T
+    n_keys = len(keys)
+    first = n_keys - T
+    topics = torch.randn(n_keys // 64 + 2, D)
+    # A passage begins where the queries begin, as blocks of keys do.
+    keys += 6 * topics.repeat_interleave(64, 0)[-first % 64 :][:n_keys]
     wanted = torch.randint(1, first // 64 - 1, (T // 64,))
     query += 6 * topics[wanted].repeat_interleave(64, 0)
 
@@ -54,8 +56,8 @@ def single_needles(query, keys):
     query += keys[torch.randint(100, S - T, (T,))]
 
 
-def made(plant):
-    query, keys = noise(T, D), noise(S, D)
+def made(plant, n_keys=S):
+    query, keys = noise(T, D), noise(n_keys, D)
     plant(query, keys)
     return query[None], keys[None], D**-0.5
 
@@ -63,8 +65,10 @@ def made(plant):
 def left_out(index, query, keys, scale):
     """(h, T) mass of the exact softmax that the index does not list."""
     scores = (query @ keys.repeat_interleave(len(query) // len(keys), 0).mT) * scale
-    weights = scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf).softmax(-1)
-    listed = reference.listed_keys(index, S)[0].repeat_interleave(index.rows, 1)[:, :T]
+    weights = scores.masked_fill(
+        torch.ones(scores.shape[1:], dtype=torch.bool).triu(keys.shape[1] - T + 1), -torch.inf
+    ).softmax(-1)
+    listed = reference.listed_keys(index, keys.shape[1])[0].repeat_interleave(index.rows, 1)[:, :T]
     return (weights * ~listed).sum(-1)
 
 
@@ -92,15 +96,24 @@ def test_each_pattern_wins_where_it_fits(plant, kind):
 
 
 @pytest.mark.parametrize("mass", [0.9, 0.99])
-def test_what_is_reported_as_missing_is_missing(mass):
-    """On the queries that it was checked on, to the last bit of rounding; blocks read too much, never too little."""
-    query, keys, scale = made(columns)
-    layout = Layout(T, S)
-    (choice,), ((_, index),) = choose(query, keys, scale, mass, layout, ["vertical_slash"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_keys", [1472, 1473, S, 1536])
+def test_what_is_reported_as_missing_is_missing(mass, kind, n_keys):
+    """On the queries that it was checked on, at any distance between the first key and a block's edge."""
+    plant = {"a_shape": local, "vertical_slash": columns, "block_sparse": passages}[kind]
+    query, keys, scale = made(plant, n_keys)
+    # Some of the attention goes to the first keys, which every pattern reads.
+    query[..., 2] = 20
+    keys[:, 40:44, 2] = 20
+    layout = Layout(T, n_keys)
+    (choice,), ((_, index),) = choose(query, keys, scale, mass, layout, [kind])
+    assert choice.kind == kind
     rows = look(query, keys, scale, layout).rows[CHECK]
     true = left_out(index, query, keys, scale)[0, rows].square().mean().sqrt()
     assert true <= choice.missing + 1e-5
     assert choice.missing <= 1 - mass
+    listed = reference.listed_keys(index, n_keys)[0].sum(-1).float().mean()
+    assert choice.density == pytest.approx(float(listed) / (n_keys - T / 2), abs=0.06)
 
 
 def test_a_query_that_loses_all_is_not_averaged_away():

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from retrieval_attn.kernels import HeadPattern, reference
 from retrieval_attn.kernels.coverage import Layout
 from retrieval_attn.kernels.patterns import (
-    N_FIRST,
-    N_RECENT,
+    FIRST_COLUMNS,
+    NEAREST_SLASHES,
     check_patterns,
     fixed_index,
     score_blocks,
@@ -67,12 +67,12 @@ def test_vertical_slash_reads_the_best_columns_and_diagonals(R, past):
         phase = torch.tensor(0.9 * (s + 130))
         keys[:, s, 2], keys[:, s, 3] = 3 * phase.cos(), 3 * phase.sin()
     layout = Layout(T, S)
-    reads = listed(HeadPattern("vertical_slash", N_FIRST + 1, N_RECENT + 1), query, keys, layout)
+    reads = listed(HeadPattern("vertical_slash", FIRST_COLUMNS + 1, NEAREST_SLASHES + 1), query, keys, layout)
     assert reads[:, -1, 41].all()
     for t in range(T):
         own = past + t
-        assert reads[:, t // 64, max(0, own - N_RECENT + 1) : own + 1].all()
-        assert reads[:, t // 64, : min(N_FIRST, own + 1)].all()
+        assert reads[:, t // 64, max(0, own - NEAREST_SLASHES + 1) : own + 1].all()
+        assert reads[:, t // 64, : min(FIRST_COLUMNS, own + 1)].all()
 
 
 @given(**SIZES, n_best=st.integers(1, 6))
@@ -87,12 +87,12 @@ def test_block_sparse_reads_the_best_means(T, past, R, seed, n_best):
         mean = query[:, n * 64 : (n + 1) * 64].mean(1)
         scores = torch.full((len(query), layout.n_blocks), -torch.inf)
         for b in range(own + 1):
-            forced = b == 0 or b >= own - 1
+            forced = layout.first_key + 64 * b < 64 or b >= own - 1
             centre = keys[:, block == b].mean(1).repeat_interleave(R, 0)
             scores[:, b] = torch.inf if forced else (mean * centre).sum(1) * 0.25
         for h in range(len(query)):
             found = set(block[reads[h, n]].tolist())
-            must = {0, own, max(0, own - 1)}
+            must = {b for b in range(own + 1) if layout.first_key + 64 * b < 64 or b >= own - 1}
             best = scores[h].argsort(descending=True, stable=True)[:n_best].tolist()
             assert must <= found <= must | {b for b in range(own + 1) if scores[h, b] >= scores[h, best[-1]] - 1e-5}
             assert len(found) == min(own + 1, max(n_best, len(must)))

@@ -122,6 +122,19 @@ def test_strided_inputs_and_no_queries():
     assert attend_sparse(query[:, :, :0], keys, values, scale, nothing).out.shape == (2, query.shape[1], 0, 64)
 
 
+def test_lists_that_are_longer_than_they_may_be_are_refused():
+    """They wrote past the end of a buffer, and so did keys listed many times."""
+    query, keys, values, scale = peaky(T=64, S=64)
+    index = everything(1, query.shape[1], 64, 64)
+    with pytest.raises(ValueError, match=r"index\.n_blocks must be between 0 and 4, got 5 to 5"):
+        attend_sparse(query, keys, values, scale, index._replace(n_blocks=index.n_blocks + 1))
+    with pytest.raises(ValueError, match=r"index\.n_columns must be between 0 and 0, got -1 to -1"):
+        attend_sparse(query, keys, values, scale, index._replace(n_columns=index.n_columns - 1))
+    twice = index._replace(blocks=index.blocks.repeat(1, 1, 1, 500), n_blocks=index.n_blocks * 500)
+    with pytest.raises(ValueError, match="index must list no key twice in a run, got 32000 keys of 64 in run 0"):
+        attend_sparse(query, keys, values, scale, twice)
+
+
 def test_bad_input_is_named():
     query, keys, values, scale = peaky(T=70, S=90)
     index = random_index(1, query.shape[1], 70, 90)

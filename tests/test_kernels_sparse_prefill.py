@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_near import DTYPES, float32_rounding, peaky
 
-from retrieval_attn.kernels import HeadPattern, attend_adaptive, attend_dense, attend_patterns, reference
+from retrieval_attn.kernels import (
+    HeadPattern,
+    attend_adaptive,
+    attend_dense,
+    attend_patterns,
+    reference,
+    sparse_prefill,
+)  # fmt: skip
 
 EVERYTHING = {
     kind: HeadPattern(kind, 1 << 20, 1 << 20) for kind in ("a_shape", "vertical_slash", "block_sparse", "dense")
@@ -89,6 +96,43 @@ def test_nan_is_not_hidden(where):
         spoiled = state.out.isnan().any(-1)[0]
         assert spoiled[0].all() if where != "query" else spoiled[0, 299]
         assert not spoiled[1, :299].any() if where == "query" else spoiled[1].all()
+
+
+@pytest.mark.parametrize("kinds", [["a_shape", "vertical_slash", "block_sparse"], None])
+def test_heads_may_be_looked_at_in_any_slices(monkeypatch, kinds):
+    """As a GPU does, some groups at once, or all."""
+    query, keys, values, scale = local_groups(4, 2, 600, 1000)
+    found = []
+    for step in (1, 2, 3, 4):
+        monkeypatch.setattr(sparse_prefill, "groups_at_once", lambda query, keys, step=step: step)
+        found.append(attend_adaptive(query, keys, values, scale, 0.98, kinds))
+    assert len({choice.kind for choice in found[0][1]}) > 1
+    for state, choices in found[1:]:
+        assert [choice.kind for choice in choices] == [choice.kind for choice in found[0][1]]
+        torch.testing.assert_close(state.out, found[0][0].out)
+
+
+def test_heads_of_one_pattern_among_others_read_their_own_keys():
+    query, keys, values, scale = local_groups(3, 2, 300, 900)
+    few = [HeadPattern("vertical_slash", 40, 130), HeadPattern("block_sparse", 5), HeadPattern("dense")]
+    patterns = [few[i] for i in (0, 1, 1, 0, 2, 0)]
+    state = attend_patterns(query, keys, values, scale, patterns)
+    for h, pattern in enumerate(patterns):
+        g = slice(h // 2, h // 2 + 1)
+        alone = attend_patterns(query[:, h : h + 1], keys[:, g], values[:, g], scale, [pattern])
+        torch.testing.assert_close(state.out[:, h : h + 1], alone.out)
+
+
+def local_groups(G, R, T, S):
+    """Groups of heads of which every other looks about itself, at keys of its own, and the rest at nothing much."""
+    query, keys, values, scale = peaky(G=G, R=R, T=T, S=S, D=32)
+    query *= 0.01
+    for g in range(0, G, 2):
+        for x, offset in ((query[:, g * R : (g + 1) * R], S - T), (keys[:, g : g + 1], 0)):
+            phase = (0.003 + 0.001 * g) * (offset + torch.arange(x.shape[2]))
+            x *= 0.01
+            x[..., 0], x[..., 1] = 90 * phase.cos(), 90 * phase.sin()
+    return query, keys, values, scale
 
 
 def test_no_queries_and_bad_input():
