@@ -7,8 +7,9 @@ say. Outputs go wrong where a query loses much, so the budget bounds the root me
 out: its mean is small even if one query in fifty loses everything.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,10 +53,10 @@ class Offer(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What calls for the heads of one group share. scratch: of `attend_probes`; choosers: one for each KV head."""
+    """What calls for the heads of a group share. scratch: of `attend_probes`; choosers: gives one for each KV head."""
 
     scratch: Tensor | None = None
-    choosers: Sequence[Chooser] = ()
+    choosers: Callable[[], Sequence[Chooser]] | None = None
 
 
 NO_WORKSPACE = Workspace()
@@ -82,9 +83,8 @@ def choose(
         offers["vertical_slash"] = offer_vertical_slash(seen, budget, layout)
     if "block_sparse" in kinds:
         offers["block_sparse"] = offer_block_sparse(seen, budget, layout, score_blocks(query, keys, scale, layout))
-    choosers = workspace.choosers
+    choosers = workspace.choosers or functools.cache(lambda: [Chooser(head, layout) for head in keys])
     if "near_best" in kinds:
-        choosers = choosers or [Chooser(head, layout) for head in keys]
         offers["near_best"] = offer_near_best(seen, budget, layout, query, choosers, scale)
     choices = _decide(offers, seen, layout)
     parts = []
@@ -94,7 +94,7 @@ def choose(
             continue
         chosen = Offer(*(x[heads] for x in offer))
         if kind == "near_best":
-            own = [choosers[h * len(choosers) // len(query)] for h in heads]
+            own = [choosers()[h * len(keys) // len(query)] for h in heads]
             index = list_near_best(query[heads], own, scale, chosen.order[:, 0].tolist(), layout)
         elif kind == "block_sparse":
             index = list_blocks(best_blocks(chosen.order, chosen.n, layout), layout)
@@ -156,19 +156,31 @@ def offer_block_sparse(seen: Seen, budget: float, layout: Layout, scores: Tensor
 
 
 def offer_near_best(
-    seen: Seen, budget: float, layout: Layout, query: Tensor, choosers: Sequence[Chooser], scale: float
+    seen: Seen, budget: float, layout: Layout, query: Tensor, choosers: Callable[[], Sequence[Chooser]], scale: float
 ) -> Offer:
-    """The keys that come near the best of a query, chosen for every run; what they are is not known before."""
+    """The keys that come near the best of a query, chosen for every run; what they are is not known before.
+
+    choosers: makes them, if any head may come to want them.
+    """
     # Half of those that check: they have no part in the choice, and the masks take time.
     probes, best = seen.probes[:, CHECK][:, ::2], seen.best[:, CHECK][:, ::2, None]
-    left = torch.stack([(probes * (probes < best * math.exp(-delta))).sum(2) for delta in DELTAS], dim=1)
-    left = left.square().mean(2).sqrt()  # [h, len(DELTAS)]
-    within = left <= budget
-    n = torch.where(within.any(1), within.float().argmax(1), len(DELTAS) - 1)
-    deltas = torch.tensor(DELTAS)[n]
-    found = count_near_best(query, choosers, scale, deltas.tolist(), layout)
-    cost = torch.where(within.any(1), found + CHOOSING * seen.visible, torch.inf)
-    return Offer(cost, left.gather(1, n[:, None])[:, 0], n, deltas[:, None], n.new_empty((len(n), 0)))
+    missing, deltas = probes.new_full(probes.shape[:1], torch.inf), torch.full(probes.shape[:1], DELTAS[-1])
+    read = torch.full_like(missing, torch.inf)
+    for delta in DELTAS:
+        wanting = missing > budget
+        if not wanting.any():
+            break
+        kept = probes >= best * math.exp(-delta)
+        left = (probes.sum(2) - (probes * kept).sum(2)).clamp_min(0).square().mean(1).sqrt()
+        missing, deltas = torch.where(wanting, left, missing), torch.where(wanting, delta, deltas)
+        # A run reads what any of its queries wants: at least what these few do.
+        read = torch.where(wanting, kept.any(1).sum(1), read)
+    within = (missing <= budget) & (read < DENSE_FROM * seen.visible)
+    if within.any():
+        read = torch.maximum(read, count_near_best(query, choosers(), scale, deltas.tolist(), layout))
+    cost = torch.where(within, read + CHOOSING * seen.visible, torch.inf)
+    none = torch.zeros_like(deltas, dtype=torch.long)
+    return Offer(cost, missing, none, deltas[:, None], none.new_empty((len(none), 0)))
 
 
 def _by_distance(blocks: Tensor, own: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ ROUNDING = 2.0**-7
 DELTAS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 
 # What choosing costs, as a share of the keys that a query sees, in units of keys read sparsely.
-CHOOSING = 0.08
+CHOOSING = 0.1
 
 
 @functools.cache

@@ -4,6 +4,7 @@ One format serves every sparse pattern of prefill; the patterns differ in who wr
 listed keys of a run are gathered and given to PyTorch's fused kernel; on a GPU a Triton kernel reads them in place.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, scale: float, ind
     if query.shape[2] == 0:
         return AttentionState.empty((*query.shape[:3], values.shape[3]), query.dtype, query.device)
     if query.device.type != "cpu":
-        if reason := why_not_sparse(query.dtype, keys.shape[3], values.shape[3], query.device):
+        if reason := why_not_sparse((query.dtype,), keys.shape[3], values.shape[3], query.device):
             raise ValueError(f"sparse attention cannot run: {reason}")
         from .triton_sparse import attend_sparse as launch
 
@@ -60,10 +61,11 @@ def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, scale: float, ind
     return gather(query, keys, values, scale, index)
 
 
-def why_not_sparse(dtype: torch.dtype, key_dim: int, value_dim: int, device: torch.device) -> str:
-    """Why sparse attention cannot take such heads on this device; empty if it can."""
-    if dtype not in DTYPES:
-        return f"it wants float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}"
+def why_not_sparse(dtypes: Sequence[torch.dtype], key_dim: int, value_dim: int, device: torch.device) -> str:
+    """Why sparse attention cannot take such heads on this device; empty if it can. dtypes: of queries, keys, values."""
+    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+        found = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it wants queries, keys and values in float16, bfloat16 or float32, all in one, got {found}"
     if key_dim != value_dim:
         return f"it wants keys and values of one dimension, got {key_dim} and {value_dim}"
     if device.type == "cpu":

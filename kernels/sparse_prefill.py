@@ -1,5 +1,6 @@
 """Sparse causal attention of a chunk of a prompt: each head by a given pattern, or by the cheapest that suffices."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -81,8 +82,7 @@ def attend_adaptive(
         lists: list[Listed] = []
         for g in range(0, G if T else 0, n_groups):
             wide = keys[b, g : g + n_groups].float()
-            choosers = [Chooser(head, layout) for head in wide] if "near_best" in kinds else []
-            workspace = Workspace(scratch, choosers)
+            workspace = Workspace(scratch, functools.cache(lambda wide=wide: [Chooser(head, layout) for head in wide]))
             last = min(G, g + n_groups) * R
             for h in range(g * R, last, n_heads):
                 some = slice(h, min(last, h + n_heads))

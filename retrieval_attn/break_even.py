@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,10 @@ def break_even(n_heads: int, n_kv_heads: int, dim: int, dtype: torch.dtype, devi
     key = f"{name}; torch {torch.__version__}; {dtype}; {n_heads}/{n_kv_heads} heads of {dim}"
     known = _read()
     if key not in known:
-        known[key] = max(LEAST, measure(n_heads, n_kv_heads, dim, dtype, device))
-        log.info("sparse prefill pays from %d tokens on (%s); kept in %s", known[key], key, cache_file())
-        _write(known)
-    return known[key]
+        known[key] = measure(n_heads, n_kv_heads, dim, dtype, device)
+        log.info("sparse prefill pays from %d tokens on: %s", known[key], key)
+        _keep(key, known[key])
+    return max(LEAST, known[key])
 
 
 def cache_file() -> Path:
@@ -108,17 +109,18 @@ def _read() -> dict[str, int]:
         return {str(key): int(tokens) for key, tokens in known.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         log.warning("%s cannot be read and will be measured anew: %s", cache_file(), error)
         return {}
 
 
-def _write(known: dict[str, int]) -> None:
+def _keep(key: str, tokens: int) -> None:
+    """Add an entry to what the file holds by now: other processes write to it, too."""
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(known, indent=1))
-        part.replace(path)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
+            json.dump(_read() | {key: tokens}, part, indent=1)
+        os.replace(part.name, path)
     except OSError as error:
         log.warning("what was measured cannot be kept in %s and will be measured again: %s", path, error)

@@ -7,6 +7,9 @@ INDEX_KINDS = ("exact", "ivf", "graph", "scan", "page", "auto")
 
 ESTIMATORS = ("topk", "lift", "tail")
 
+# Fewer new tokens than this attend exactly: they cost little, and a question is worth it.
+FEWEST_SPARSE = 512
+
 PREFILLS = ("auto", "dense", "a_shape", "vertical_slash", "block_sparse")
 
 
@@ -44,15 +47,16 @@ class RetrievalConfig:
         queries hardly attends to, by the cheapest pattern that suffices, in chunks that have at least `dense_below`
         keys before their end; heads for which nothing pays stay dense. "a_shape", "vertical_slash" and "block_sparse"
         give every head that pattern at the sizes of MInference's paper, and the path of a .json file (from
-        `retrieval-attn search-patterns`, or as MInference publishes them) gives each head its own. Turns of fewer than
-        512 tokens, and the last tokens of a prompt, are exact in any case.
+        `retrieval-attn search-patterns`, or as MInference publishes them) gives each head its own. Fewer than 512
+        tokens at once are exact in any case, and in `generate` and sessions so are the last 256 tokens of a prompt.
     prefill_mass: of "auto", the share of the attention mass that is kept; what is left out is at most 1 minus it, as a
-        root mean square over queries that had no part in the choice. At 0.95 the output of a layer of the embedded
-        model was 1 to 2 % off (bench/results/kernels-*.json).
+        root mean square over queries that had no part in the choice. The relative error of the output may be twice
+        that, or a fifth; at 0.95, that of a layer of the embedded model was 1 to 2 % (bench/results/kernels-*.json).
     dense_below: of "auto", where sparse attention begins to pay, in tokens; None measures it once on the device, and
         is never below 8192.
     prefill_chunk: prompt tokens per forward pass; bounds the memory of activations.
-    prefill_tile: earlier keys that one attention call of prefill sees; bounds what is on the device at once.
+    prefill_tile: earlier keys that one attention call of exact prefill sees; bounds what is on the device at once.
+        Sparse prefill brings all keys and values of a layer there, one layer at a time.
     seed: makes index builds repeatable.
     threads: CPU threads of this package's kernels; None means all cores.
 
@@ -110,6 +114,12 @@ class RetrievalConfig:
         if not isinstance(self.prefill, str) or (self.prefill not in PREFILLS and not self.prefill.endswith(".json")):
             allowed = ", ".join(map(repr, PREFILLS))
             raise ValueError(f"prefill must be one of {allowed}, or the path of a .json file, got {self.prefill!r}")
+
+        if self.prefill != "dense" and self.prefill_chunk < FEWEST_SPARSE:
+            raise ValueError(
+                f"prefill_chunk must be at least {FEWEST_SPARSE} with prefill={self.prefill!r}, because fewer tokens "
+                f"at once attend exactly, got {self.prefill_chunk}"
+            )
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> "RetrievalConfig":

@@ -275,8 +275,9 @@ class Request:
 
     def _summarise_prefill(self) -> None:
         policies = [layer.policy for layer in self.cache.retrieval_layers]
-        if visible := sum(policy.n_visible for policy in policies):
-            self.stats.prefill_read = sum(policy.n_read for policy in policies) / visible
+        read = [policy.n_read for policy in policies if policy.n_read is not None]
+        if (visible := sum(policy.n_visible for policy in policies)) and len(read) == len(policies):
+            self.stats.prefill_read = sum(read) / visible
         kinds = sum((policy.kinds for policy in policies), Counter())
         self.stats.prefill_patterns = {kind: n / kinds.total() for kind, n in kinds.most_common()}
 

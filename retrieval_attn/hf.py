@@ -305,8 +305,15 @@ class RetrievalCache(DynamicCache):
     Raises ValueError for models whose attention cannot be served, by name.
     """
 
-    def __init__(self, model_config: Any, config: RetrievalConfig | None = None) -> None:
+    def __init__(
+        self,
+        model_config: Any,
+        config: RetrievalConfig | None = None,
+        patterns: Sequence[Sequence[HeadPattern] | None] | None = None,
+    ) -> None:
+        """patterns: what `prefill_patterns` gave for this model and config; None reads the file, if there is one."""
         config = config or RetrievalConfig()
+        patterns = prefill_patterns(model_config, config) if patterns is None else patterns
         refuse_unserved(model_config)
         super().__init__(config=model_config)
         capacity = _max_positions(model_config) or DEFAULT_CAPACITY
@@ -314,7 +321,7 @@ class RetrievalCache(DynamicCache):
         ours = [type(layer) is DynamicLayer for layer in self.layers]
         self.layers: list[Any] = [
             RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
-            for layer, mine, own in zip(self.layers, ours, prefill_patterns(model_config, config), strict=True)
+            for layer, mine, own in zip(self.layers, ours, patterns, strict=True)
         ]
         self.config = config
         if not self.retrieval_layers:

@@ -35,6 +35,8 @@ class LLM:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        # Read once: the file may change or go while conversations are held.
+        self._patterns = prefill_patterns(model.config, config)
 
     @property
     def max_tokens(self) -> int:
@@ -115,7 +117,7 @@ class LLM:
 
     def new_cache(self) -> RetrievalCache:
         """An empty cache for this model."""
-        return RetrievalCache(self.model.config, self.config)
+        return RetrievalCache(self.model.config, self.config, self._patterns)
 
     def request(self, cache: RetrievalCache, on_progress: OnProgress | None, sampling: dict[str, Any]) -> Request:
         """A request against a cache, with this model's stop tokens."""

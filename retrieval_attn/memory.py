@@ -54,6 +54,8 @@ class LayerMemory:
         # What the last step found, where the next one begins, and how many keys it took; forgotten on crop.
         self.last_ids: Array | None = None
         self.reach: int | None = None
+        # Chunks of the prompt for which no head is asked what it could leave out, and how many the next time.
+        self.rest, self.next_rest = 0, 1
         self._index: Index | None = None
         self._tail: TailSummary | None = None
         self._built_on = 0
@@ -159,6 +161,7 @@ class LayerMemory:
             except Exception as error:
                 log.warning("an index build failed and will be repeated: %s", error)
         self.forget_step()
+        self.rest, self.next_rest = 0, 1
         # First what can be brought up to date from the store, should this be interrupted; the store after it.
         self._crop_index(split(length, self.config.n_sink, self.config.n_local).n_far)
         self.window.crop(length, self.store.keys(), self.store.values())

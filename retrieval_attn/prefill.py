@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from retrieval_attn.break_even import LEAST, break_even
-from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.config import FEWEST_SPARSE, RetrievalConfig
 from retrieval_attn.kernels import AttentionState, HeadPattern, attend_adaptive, attend_dense, attend_patterns, merge
 from retrieval_attn.kernels.patterns import DEFAULT_SIZES
 from retrieval_attn.kernels.sparse import why_not_sparse
 from retrieval_attn.memory import LayerMemory
 
 log = logging.getLogger("retrieval_attn")
-
-# Fewer new tokens than this are exact: they cost little, and a question is worth it.
-FEWEST_SPARSE = 512
 
 # Tokens at the end of a prompt that are exact; the question stands there.
 EXACT_TAIL = 256
@@ -29,19 +26,19 @@ LONGEST_REST = 8
 class PrefillPolicy:
     """How one layer attends to a prompt, chunk by chunk, and what that came to.
 
-    n_read, n_visible: keys read, and keys there were, over query heads and tokens. kinds: patterns of heads, by chunk.
+    n_read, n_visible: keys read, and keys there were, over query heads and tokens; n_read is None once patterns of
+    given sizes were at work, whose keys nobody counts. kinds: patterns of heads, by chunk.
     """
 
     def __init__(self, config: RetrievalConfig, patterns: Sequence[HeadPattern] | None = None) -> None:
         self.config = config
         self.patterns = patterns
         self.reset()
-        # Probing costs a few per cent of dense attention, and a layer that has no use for it mostly stays so.
-        self._rest, self._next_rest = 0, 1
 
     def reset(self) -> None:
         """Count anew."""
-        self.n_read, self.n_visible = 0.0, 0.0
+        self.n_read: float | None = 0.0
+        self.n_visible = 0.0
         self.kinds: Counter[str] = Counter()
 
     def wants_sparse(self, query: Tensor, memory: LayerMemory) -> bool:
@@ -50,7 +47,7 @@ class PrefillPolicy:
         if config.prefill == "dense" or T < FEWEST_SPARSE:
             return False
         shape = memory.shape
-        if reason := why_not_sparse(query.dtype, shape.key_dim, shape.value_dim, query.device):
+        if reason := why_not_sparse((query.dtype, shape.dtype), shape.key_dim, shape.value_dim, query.device):
             if config.prefill != "auto":
                 raise ValueError(
                     f"prefill={config.prefill!r} cannot run on this model: {reason}; use 'dense' or 'auto'"
@@ -66,22 +63,24 @@ class PrefillPolicy:
             least = break_even(*heads, query.dtype, query.device) if S >= LEAST else LEAST
         if least > S:
             return False
-        self._rest -= 1
-        return self._rest < 0
+        memory.rest -= 1
+        return memory.rest < 0
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> AttentionState:
-        """Sparse causal attention; shapes as in `attend_patterns`."""
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, memory: LayerMemory) -> AttentionState:
+        """Sparse causal attention; shapes as in `attend_patterns`, keys and values those of `memory`."""
         if self.config.prefill != "auto":
             sizes = self.patterns or [DEFAULT_SIZES[self.config.prefill]] * query.shape[1]
             self.kinds.update(pattern.kind for pattern in sizes)
+            self.n_read = None
             return attend_patterns(query, keys, values, scale, sizes)
         state, choices = attend_adaptive(query, keys, values, scale, self.config.prefill_mass)
         self.kinds.update(choice.kind for choice in choices)
         self._count(query.shape[2], keys.shape[2], [choice.density for choice in choices])
+        # Asking costs up to a tenth of dense attention, and a layer that has no use for it mostly stays so.
         if all(choice.kind == "dense" for choice in choices):
-            self._rest, self._next_rest = self._next_rest, min(LONGEST_REST, 2 * self._next_rest)
+            memory.rest, memory.next_rest = memory.next_rest, min(LONGEST_REST, 2 * memory.next_rest)
         else:
-            self._next_rest = 1
+            memory.next_rest = 1
         return state
 
     def note_dense(self, query: Tensor, memory: LayerMemory) -> None:
@@ -93,7 +92,8 @@ class PrefillPolicy:
     def _count(self, T: int, S: int, densities: list[float]) -> None:
         visible = T * (S - (T - 1) / 2)
         self.n_visible += visible * len(densities)
-        self.n_read += visible * sum(densities)
+        if self.n_read is not None:
+            self.n_read += visible * sum(densities)
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def prefill(
     device. Returns (1, H, T, Dv) and (1, H, T).
     """
     if policy.wants_sparse(query, memory):
-        return policy.attend(query, *_append_and_bring(query, keys, values, memory), scale)
+        return policy.attend(query, *_append_and_bring(query, keys, values, memory), scale, memory)
     state = _attend_exactly(query, keys, values, memory, scale)
     memory.append(query, keys, values)
     policy.note_dense(query, memory)

@@ -45,8 +45,32 @@ def test_measured_once_and_kept(monkeypatch):
 
 
 def test_never_below_the_least(monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda *shape: 5)
+    """Whether measured or read."""
+    monkeypatch.setattr(module, "measure", lambda *shape: -5)
     assert break_even(*ASKED) == LEAST
+    break_even.cache_clear()
+    assert break_even(*ASKED) == LEAST
+
+
+def test_what_others_have_measured_meanwhile_is_kept(monkeypatch):
+    def slow(*shape):
+        module._keep("another", 7)
+        return 30_000
+
+    monkeypatch.setattr(module, "measure", slow)
+    break_even(*ASKED)
+    assert sorted(json.loads(cache_file().read_text()).values()) == [7, 30_000]
+    assert [path.name for path in cache_file().parent.iterdir()] == [cache_file().name]
+
+
+def test_another_number_of_threads_is_another_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "measure", lambda *shape: asked.append(shape) or 20_000)
+    for n in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
+        break_even.cache_clear()
+        break_even(*ASKED)
+    assert len(asked) == 2
 
 
 def test_what_is_timed_is_sparse_where_it_should_be():
@@ -61,7 +85,9 @@ def test_a_real_measurement_on_this_machine():
     assert 0 <= module.measure(*ASKED) <= NEVER
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"a": "x"}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"a": "x"}', "\x00", '{"a": Infinity}', '{"a": 1e400}', "[" * 100_000, '{"a": null}']
+)
 def test_a_spoiled_cache_is_said_and_made_anew(monkeypatch, caplog, content):
     monkeypatch.setattr(module, "measure", lambda *shape: 30_000)
     cache_file().parent.mkdir(parents=True)

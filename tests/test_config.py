@@ -34,6 +34,10 @@ def test_frozen():
             "prefill must be one of 'auto', 'dense', .*, or the path of a .json file, got 'sparse'",
         ),
         ({"prefill_mass": 1}, "prefill_mass must be above 0 and below 1 .* got 1"),
+        (
+            {"prefill": "auto", "prefill_chunk": 511},
+            "prefill_chunk must be at least 512 with prefill='auto', .* got 511",
+        ),
         ({"dense_below": 0}, "dense_below must be an integer of at least 1, got 0"),
         ({"share_group": 1}, "share_group must be True or False, got 1"),
     ],

@@ -75,6 +75,17 @@ def test_vertical_slash_reads_the_best_columns_and_diagonals(R, past):
         assert reads[:, t // 64, : min(FIRST_COLUMNS, own + 1)].all()
 
 
+def test_the_last_queries_say_what_all_read():
+    """As the question at the end of a prompt does."""
+    query, keys = torch.zeros(1, 200, 16), 0.1 * torch.randn(1, 700, 16)
+    query[0, :64, 0] = query[0, -64:, 1] = 20
+    keys[0, 200, 0] = keys[0, 300, 1] = 20
+    layout = Layout(200, 700)
+    reads = listed(HeadPattern("vertical_slash", FIRST_COLUMNS + 1, 0), query, keys, layout)
+    assert reads[0, :, 300].all()
+    assert not reads[0, :, 200].any()
+
+
 @given(**SIZES, n_best=st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
 def test_block_sparse_reads_the_best_means(T, past, R, seed, n_best):

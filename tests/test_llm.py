@@ -6,6 +6,7 @@ from tiny_models import save_tiny_chat_model
 from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 import retrieval_attn as ra
+from retrieval_attn import prefill
 from retrieval_attn.generate import chunk_ends
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.patterns import save_patterns
@@ -71,7 +72,8 @@ def test_stats_tell_what_happened(llm):
     ("n", "chunk", "prefill", "ends"),
     [
         (5000, 2048, "dense", [2048, 4096, 5000]), (5000, 2048, "auto", [2048, 4096, 4744, 5000]),
-        (4352, 2048, "auto", [2048, 4096, 4352]), (100, 2048, "auto", [100]), (300, 100, "auto", [44, 144, 244, 300]),
+        (4352, 2048, "auto", [2048, 4096, 4352]), (100, 2048, "auto", [100]),
+        (1400, 512, "auto", [512, 1024, 1144, 1400]),
         (0, 2048, "auto", []), (1, 1, "dense", [1]),
     ],
 )  # fmt: skip
@@ -116,6 +118,56 @@ def test_a_pattern_file_for_another_model_or_none_is_refused_by_name(folder, tmp
         ra.load(str(folder), ra.RetrievalConfig(prefill=str(path)))
     with pytest.raises(FileNotFoundError, match="none.json"):
         ra.load(str(folder), ra.RetrievalConfig(prefill=str(tmp_path / "none.json")))
+
+
+def test_layers_have_their_own_patterns_and_a_file_that_goes_is_not_missed(folder, tmp_path):
+    path = tmp_path / "own.json"
+    narrow, wide = HeadPattern("a_shape", 1, 1), HeadPattern("dense")
+    logits = []
+    for layers in ([narrow, wide, wide], [wide, wide, narrow], [wide] * 3):
+        save_patterns(path, [[pattern] * 4 for pattern in layers], [[0.5] * 4] * 3)
+        llm = ra.load(str(folder), ra.RetrievalConfig(prefill=str(path)), dtype="float32")
+        path.unlink()
+        cache = llm.new_cache()
+        given = [layer.policy.patterns[0] for layer in cache.retrieval_layers]
+        assert given == layers
+        with torch.no_grad():
+            logits.append(llm.model(torch.tensor([LONG]), past_key_values=cache).logits[0, -1])
+    assert not torch.allclose(logits[0], logits[2], atol=1e-3)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
+
+
+def test_an_interrupted_sparse_chunk_loses_nothing(folder, monkeypatch):
+    """Ctrl-C in the second chunk of the second layer, after its keys were stored."""
+    config = ra.RetrievalConfig(index="exact", top_k=1 << 20, prefill="block_sparse", prefill_chunk=1000)
+    llm = ra.load(str(folder), config, dtype="float32")
+    text = "The clerk counted the boats again. " * 100
+    expected = llm.session().ask(text, max_new_tokens=6).token_ids
+    calls, real = [], prefill.attend_patterns
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    session = llm.session()
+    monkeypatch.setattr(prefill, "attend_patterns", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.ask(text, max_new_tokens=6)
+    assert len({layer.get_seq_length() for layer in session.cache.layers}) == 1
+    done = session.ask(text, max_new_tokens=6)
+    assert done.stats.reused_tokens == 1000
+    assert done.token_ids == expected
+
+
+def test_the_stats_of_a_turn_are_its_own(folder):
+    config = ra.RetrievalConfig(prefill="auto", dense_below=1, prefill_mass=0.05, prefill_chunk=1300)
+    session = ra.load(str(folder), config, dtype="float32").session()
+    session.read("The clerk counted the boats again. " * 150)
+    turn = session.ask("How many?", max_new_tokens=2).stats
+    assert turn.prefill_read == 1
+    assert turn.prefill_patterns == {"dense": 1}
 
 
 def test_stops_at_the_models_longest_context(folder):

@@ -74,9 +74,52 @@ def test_auto_is_dense_below_the_break_even(monkeypatch):
 
 
 def test_short_turns_are_exact():
-    inputs = local_heads()
-    out, *_ = run(RetrievalConfig(prefill="a_shape"), inputs, chunk=FEWEST_SPARSE - 1)
+    query, keys, values, scale = peaky(G=2, R=2, T=2000, S=2000, D=32)
+    config = RetrievalConfig(prefill="a.json")
+    few = PrefillPolicy(config, [HeadPattern("a_shape", 1, 1)] * 4)
+    exact = attend_dense(query, keys, values, scale, causal=True).out
+    out, *_ = run(config, (query, keys, values, scale), few, chunk=FEWEST_SPARSE - 1)
+    assert_exact(out, exact)
+    out, *_ = run(config, (query, keys, values, scale), few, chunk=FEWEST_SPARSE)
+    assert not torch.allclose(out, exact, atol=0.1)
+
+
+def test_short_prompts_measure_nothing(monkeypatch):
+    monkeypatch.setattr(module, "break_even", lambda *shape: pytest.fail("measured"))
+    run(RetrievalConfig(prefill="auto"), local_heads())
+
+
+def test_a_rest_is_forgotten_with_the_tokens_that_led_to_it():
+    query, keys, values, scale = peaky(G=1, R=1, T=600, S=600, D=8)
+    config = RetrievalConfig(prefill="auto", dense_below=1)
+    _, memory, policy = run(config, (0.01 * query, keys, values, scale), chunk=600)
+    assert not policy.wants_sparse(query, memory)
+    memory.crop(0)
+    assert policy.wants_sparse(query, memory)
+
+
+def test_sequences_of_a_batch_do_not_rest_for_each_other():
+    query, keys, values, scale = peaky(G=1, R=1, T=600, S=600, D=8)
+    config = RetrievalConfig(prefill="auto", dense_below=1)
+    _, _, policy = run(config, (0.01 * query, keys, values, scale), chunk=600)
+    other = LayerMemory(config, LayerShape(1, 8, 8, torch.float32, 16))
+    assert policy.wants_sparse(query, other)
+
+
+def test_queries_of_another_dtype_than_keys_are_exact(caplog):
+    query, keys, values, scale = peaky(G=1, R=1, T=600, S=600, D=8)
+    inputs = query, keys.bfloat16(), values.bfloat16(), scale
+    module._say_dense.cache_clear()
+    out, *_ = run(RetrievalConfig(prefill="auto", dense_below=1), inputs, chunk=600)
     assert_exact(out, attend_dense(*inputs, causal=True).out)
+    assert "all in one, got float32, bfloat16" in caplog.text
+
+
+def test_nobody_counts_what_patterns_of_given_sizes_read():
+    _, _, policy = run(RetrievalConfig(prefill="a_shape"), local_heads())
+    assert policy.n_read is None
+    policy.reset()
+    assert policy.n_read == 0
 
 
 def test_a_layer_without_use_for_sparse_attention_is_asked_ever_less_often(monkeypatch):
