@@ -132,7 +132,8 @@ def _means(x: Tensor, n_missing: int, size: int) -> Tensor:
     """(h, blocks, D) float32 means of runs of `size` rows of (h, n, D), before which n_missing rows are wanting."""
     h, n, D = x.shape
     n_after = -(n + n_missing) % size
-    padded = torch.nn.functional.pad(x.float(), (0, 0, n_missing, n_after))
-    sums = padded.view(h, -1, size, D).sum(2)
+    if n_missing == n_after == 0:
+        return x.float().reshape(h, -1, size, D).mean(2)
+    sums = torch.nn.functional.pad(x.float(), (0, 0, n_missing, n_after)).view(h, -1, size, D).sum(2)
     counts = torch.nn.functional.pad(x.new_ones(n, dtype=torch.float32), (n_missing, n_after)).view(-1, size).sum(1)
     return sums / counts[:, None]
