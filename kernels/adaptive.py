@@ -111,8 +111,9 @@ def _decide(offers: dict[str, Offer], seen: Seen, layout: Layout) -> list[Choice
     missing = torch.stack([offer.missing for offer in offers.values()]).gather(0, best[None])[0]
     kinds, choices = list(offers), []
     for i, n_keys, left in zip(best.tolist(), cost.tolist(), missing.tolist(), strict=True):
-        density = (n_keys + always) / seen.visible
-        choices.append(Choice(kinds[i], density, left) if density < DENSE_FROM else Choice("dense", 1.0, 0.0))
+        share = (n_keys + always) / seen.visible
+        read = share - CHOOSING if kinds[i] == "near_best" else share
+        choices.append(Choice(kinds[i], read, left) if share < DENSE_FROM else Choice("dense", 1.0, 0.0))
     return choices
 
 

@@ -56,6 +56,8 @@ def test_needles_that_no_probe_knows_of_are_read():
     inputs = made(single_needles)
     (choice,), ((_, index),) = choose(*inputs, 0.98, Layout(T, S), ["vertical_slash", "near_best"])
     assert choice.kind == "near_best"
+    read = reference.listed_keys(index, S)[0].float().mean() * S / (S - T / 2)
+    assert choice.density == pytest.approx(float(read), abs=0.05)
     assert left_out(index, *inputs).square().mean().sqrt() <= 0.02
 
 
