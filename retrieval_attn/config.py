@@ -51,7 +51,7 @@ class RetrievalConfig:
         tokens at once are exact in any case, and in `generate` and sessions so are the last 256 tokens of a prompt.
     prefill_mass: of "auto", the share of the attention mass that is kept; what is left out is at most 1 minus it, as a
         root mean square over queries that had no part in the choice. The relative error of the output may be twice
-        that, or a fifth; at 0.95, that of a layer of the embedded model was 1 to 2 % (bench/results/kernels-*.json).
+        that, or a fifth (bench/results/kernels-*.json).
     dense_below: of "auto", where sparse attention begins to pay, in tokens; None measures it once on the device, and
         is never below 8192.
     prefill_chunk: prompt tokens per forward pass; bounds the memory of activations.
@@ -76,7 +76,7 @@ class RetrievalConfig:
     share_group: bool = True
     build_queries: int = 1024
     prefill: str = "dense"
-    prefill_mass: float = 0.95
+    prefill_mass: float = 0.98
     dense_below: int | None = None
     exact_below: int = 2048
     prefill_chunk: int = 2048
