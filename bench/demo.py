@@ -61,7 +61,6 @@ class Report:
     read_ids: list[int] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     read_s: float = 0.0
-    prefill_read: float | None = 1.0
     index_s: float | None = None
     ttft_s: list[float] = field(default_factory=list)
     steps_s: list[float] = field(default_factory=list)
@@ -70,6 +69,7 @@ class Report:
     host_bytes: int = 0
     index_bytes: int = 0
     process_bytes: int = 0
+    prefill_read: float | None = 1.0
 
 
 def run_demo(

@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton decides when it is imported whether kernels, its own library's among them, are interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import random
 

@@ -3,11 +3,6 @@
 Some minutes at first; what Triton's cache holds is not compiled again.
 """
 
-import os
-
-# The kernels are imported here for their settings only.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 from triton_compile import Build, assert_fits, compile_all

@@ -1,10 +1,5 @@
 """The kernel runs in Triton's interpreter, in float16 and float32, and is compiled for cards that are not here."""
 
-import os
-
-# Read when a kernel is decorated.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import itertools
 import logging
 

@@ -1,10 +1,5 @@
 """The kernel in Triton's interpreter, on the CPU: about 0.05 s a program, so everything is short."""
 
-import os
-
-# Before the kernel is decorated.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import inspect
 
 import pytest
