@@ -50,8 +50,8 @@ class RetrievalConfig:
         `retrieval-attn search-patterns`, or as MInference publishes them) gives each head its own. Fewer than 512
         tokens at once are exact in any case, and in `generate` and sessions so are the last 256 tokens of a prompt.
     prefill_mass: of "auto", the share of the attention mass that is kept; what is left out is at most 1 minus it, as a
-        root mean square over queries that had no part in the choice. The relative error of the output may be twice
-        that, or a fifth (bench/results/kernels-*.json).
+        root mean square over queries that had no part in the choice. The relative error of the output may be three
+        times that, or a fifth (bench/results/kernels-*.json).
     dense_below: of "auto", where sparse attention begins to pay, in tokens; None measures it once on the device, and
         is never below 8192.
     prefill_chunk: prompt tokens per forward pass; bounds the memory of activations.
