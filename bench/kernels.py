@@ -69,7 +69,8 @@ def run(options: Options, shown: bool = False) -> dict[str, Any]:
     from retrieval_attn.bench.kernels_rows import compare
     from retrieval_attn.bench.kernels_time import peak_flops
 
-    options, used_threads = _prepare(options)
+    device, used_threads = machine.prepare(options.device, options.threads)
+    options = replace(options, device=device)
     env = machine.describe(used_threads)
     limits = Limits(peak_flops(options.device, getattr(torch, options.dtype)), machine.copy_bandwidth(options.device))
     env["matmul_flops_per_s"], env["copy_bandwidth_bytes_per_s"] = limits
@@ -87,21 +88,6 @@ def run(options: Options, shown: bool = False) -> dict[str, Any]:
         "results": rows,
         "notes": notes(options, env),
     }
-
-
-def _prepare(options: Options) -> tuple[Options, int]:
-    """The options with the device decided, and the number of threads in use from now on."""
-    import torch
-
-    from retrieval_attn.host import set_threads
-
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and found == "cpu":
-        raise ValueError("--device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu or auto")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-        set_threads(options.threads)
-    return replace(options, device=found if options.device == "auto" else options.device), torch.get_num_threads()
 
 
 def _rows(options: Options, plan: "Plan") -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,8 @@ def run(options: Options, progress: bool = False) -> dict[str, Any]:
     """
     from retrieval_attn.bench import machine
 
-    options, used_threads = _prepare(options)
+    device, used_threads = machine.prepare(options.device, options.threads)
+    options = replace(options, device=device)
     env = machine.describe(used_threads)
     env["copy_bandwidth_bytes_per_s"] = bandwidth = machine.copy_bandwidth("cpu")
     if options.device != "cpu":
@@ -106,23 +108,6 @@ def run(options: Options, progress: bool = False) -> dict[str, Any]:
         "results": rows,
         "notes": _notes(options, env, rows),
     }
-
-
-def _prepare(options: Options) -> tuple[Options, int]:
-    """The options with the device decided, and the number of threads in use from now on."""
-    from dataclasses import replace
-
-    import torch
-
-    from retrieval_attn.host import set_threads
-
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and found == "cpu":
-        raise ValueError("--device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu or auto")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-        set_threads(options.threads)
-    return replace(options, device=found if options.device == "auto" else options.device), torch.get_num_threads()
 
 
 def _rows(options: Options, progress: bool) -> Iterator[Row]:

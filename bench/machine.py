@@ -65,6 +65,24 @@ def cache_bytes() -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
+def prepare(device: str, threads: int | None) -> tuple[str, int]:
+    """The device that "auto" stands for, and the threads in use from now on, in PyTorch and numba alike.
+
+    Raises ValueError for CUDA without a CUDA device.
+    """
+    import torch
+
+    from retrieval_attn.host import set_threads
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and found == "cpu":
+        raise ValueError("--device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu or auto")
+    if threads is not None:
+        torch.set_num_threads(threads)
+        set_threads(threads)
+    return found if device == "auto" else device, torch.get_num_threads()
+
+
 def copy_bandwidth(device: str) -> float:
     """Bytes per second that a large copy moves on the device, reads and writes together; the best of a few."""
     import torch

@@ -165,6 +165,7 @@ def offer_near_best(
     """
     # Half of those that check: they have no part in the choice, and the masks take time.
     probes, best = seen.probes[:, CHECK][:, ::2], seen.best[:, CHECK][:, ::2, None]
+    unread = seen.missing[:, CHECK][:, ::2]
     missing, deltas = probes.new_full(probes.shape[:1], torch.inf), torch.full(probes.shape[:1], DELTAS[-1])
     read = torch.full_like(missing, torch.inf)
     for delta in DELTAS:
@@ -172,7 +173,7 @@ def offer_near_best(
         if not wanting.any():
             break
         kept = probes >= best * math.exp(-delta)
-        left = (probes.sum(2) - (probes * kept).sum(2)).clamp_min(0).square().mean(1).sqrt()
+        left = (unread - (probes * kept).sum(2)).clamp_min(0).square().mean(1).sqrt()
         missing, deltas = torch.where(wanting, left, missing), torch.where(wanting, delta, deltas)
         # A run reads what any of its queries wants: at least what these few do.
         read = torch.where(wanting, kept.any(1).sum(1), read)

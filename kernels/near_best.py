@@ -2,7 +2,7 @@
 
 Columns and diagonals serve heads that look at the same places all the time. Heads that retrieve look at a place of
 their own with every query, and no sample of the queries knows where. On a CPU with bfloat16 products, all scores of a
-run cost an eighth of its dense attention; they are rounded, so they only choose what is then read exactly. The
+run cost a fifth to a third of its dense attention; they are rounded, so they only choose what is then read exactly. The
 threshold is relative to each query's best, as FlashPrefill's (arXiv 2603.06199) is for blocks.
 """
 

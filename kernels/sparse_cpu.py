@@ -1,7 +1,7 @@
 """Sparse prefill on a CPU: gather the listed keys of a run of queries, then one call of PyTorch's fused kernel.
 
-A run of 64 queries over 4,096 keys costs 1.6e8 multiply-adds and 4 MB of gathered rows, so the copy is a twentieth of
-the work, and the matrix products run as fast as in dense attention. No compiler is needed at run time.
+A run of 64 queries over 4,096 keys of 128 costs 6.7e7 multiply-adds, 0.8 ms on the two cores it was measured on, and
+4 MB of gathered rows, 0.14 ms; the products run nearly as fast as in dense attention. No compiler is needed then.
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 A program takes 16 rows of one KV head: a row is one query of one head of the group, so each key is read once for all of
 them. It walks the whole window alone. Windows are short, and programs that shared one would have to be merged, by a
-second launch or by waiting for each other; at a few thousand keys either costs more than it saves.
+second launch or by waiting for each other. Whether that would pay at a few thousand keys has not been measured.
 """
 
 import torch

@@ -309,19 +309,20 @@ class RetrievalCache(DynamicCache):
         self,
         model_config: Any,
         config: RetrievalConfig | None = None,
-        patterns: Sequence[Sequence[HeadPattern] | None] | None = None,
+        patterns: Sequence[Sequence[HeadPattern]] | None = None,
     ) -> None:
         """patterns: what `prefill_patterns` gave for this model and config; None reads the file, if there is one."""
         config = config or RetrievalConfig()
-        patterns = prefill_patterns(model_config, config) if patterns is None else patterns
         refuse_unserved(model_config)
+        patterns = prefill_patterns(model_config, config) if patterns is None else patterns
         super().__init__(config=model_config)
         capacity = _max_positions(model_config) or DEFAULT_CAPACITY
         # Exact type: subclasses are other kinds of layer.
         ours = [type(layer) is DynamicLayer for layer in self.layers]
+        given = patterns if patterns is not None else [()] * len(ours)
         self.layers: list[Any] = [
             RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
-            for layer, mine, own in zip(self.layers, ours, patterns, strict=True)
+            for layer, mine, own in zip(self.layers, ours, given, strict=True)
         ]
         self.config = config
         if not self.retrieval_layers:
@@ -483,11 +484,11 @@ def _model_type(model_config: Any) -> str:
     return str(getattr(model_config, "model_type", type(model_config).__name__))
 
 
-def prefill_patterns(model_config: Any, config: RetrievalConfig) -> Sequence[Sequence[HeadPattern] | None]:
+def prefill_patterns(model_config: Any, config: RetrievalConfig) -> Sequence[Sequence[HeadPattern]] | None:
     """The patterns of each layer of the model, if the config names a file of them; errors as of `load_patterns`."""
-    text = model_config.get_text_config(decoder=True)
     if config.prefill in PREFILLS:
-        return [None] * text.num_hidden_layers
+        return None
+    text = model_config.get_text_config(decoder=True)
     return load_patterns(config.prefill, text.num_hidden_layers, text.num_attention_heads)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import Completion, OnProgress, Request, Sampling, longest_context
 from retrieval_attn.hf import NAME, RetrievalCache, prefill_patterns, refuse_unserved, register
+from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.plan import MemoryPlan, plan_memory
 from retrieval_attn.session import Session
 
@@ -31,12 +32,18 @@ class LLM:
     One request at a time per session; sessions in several threads are independent.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: RetrievalConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: RetrievalConfig,
+        patterns: Sequence[Sequence[HeadPattern]] | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
-        # Read once: the file may change or go while conversations are held.
-        self._patterns = prefill_patterns(model.config, config)
+        # Kept: the file may change or go while conversations are held.
+        self._patterns = patterns
 
     @property
     def max_tokens(self) -> int:
@@ -154,7 +161,7 @@ def load(
     if Path(source).expanduser().is_dir():
         source = str(Path(source).expanduser())
     # What a file of patterns has wrong is found out before the weights are read.
-    prefill_patterns(_require_causal_lm(source), config)
+    patterns = prefill_patterns(_require_causal_lm(source), config)
     register()
     chosen = _choose_device(device)
     if config.threads is not None:
@@ -167,7 +174,7 @@ def load(
         raise ValueError(f"the model at {source!r} cannot be loaded: {_first_line(error)}") from error
     if "quantization_config" not in options:
         loaded = loaded.to(chosen)
-    return LLM(loaded.eval(), tokenizer, config)
+    return LLM(loaded.eval(), tokenizer, config, patterns)
 
 
 def _require_causal_lm(source: str) -> Any:

@@ -30,7 +30,7 @@ class PrefillPolicy:
     given sizes were at work, whose keys nobody counts. kinds: patterns of heads, by chunk.
     """
 
-    def __init__(self, config: RetrievalConfig, patterns: Sequence[HeadPattern] | None = None) -> None:
+    def __init__(self, config: RetrievalConfig, patterns: Sequence[HeadPattern] = ()) -> None:
         self.config = config
         self.patterns = patterns
         self.reset()
@@ -76,7 +76,7 @@ class PrefillPolicy:
         state, choices = attend_adaptive(query, keys, values, scale, self.config.prefill_mass)
         self.kinds.update(choice.kind for choice in choices)
         self._count(query.shape[2], keys.shape[2], [choice.density for choice in choices])
-        # Asking costs up to a tenth of dense attention, and a layer that has no use for it mostly stays so.
+        # Asking costs up to a fifth of dense attention, and a layer that has no use for it mostly stays so.
         if all(choice.kind == "dense" for choice in choices):
             memory.rest, memory.next_rest = memory.next_rest, min(LONGEST_REST, 2 * memory.next_rest)
         else:
