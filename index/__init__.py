@@ -52,8 +52,9 @@ def build_index(
     """Build one index for all KV heads of a layer.
 
     kind: one of INDEX_KINDS.
-    keys: (G, S, D) NumPy array or CPU torch tensor, float32, float16 or bfloat16 (in NumPy: uint16 bits), S >= 1.
-        Not copied: the caller keeps these rows unchanged as long as the index lives. Rows must be contiguous.
+    keys: (G, S, D) NumPy array or CPU torch tensor, float32, float16, bfloat16 (in NumPy: uint16 bits) or int8, S >= 1.
+        Not copied: the caller keeps these rows unchanged as long as the index lives. Rows must be contiguous. int8
+        keys are plain numbers: where they stand for larger or smaller ones, multiply all queries by what one is worth.
     queries: (H, T, D), a sample of the queries the model asked during prefill; H a multiple of G; or None.
     seed: the same input and seed give the same index.
     lift: None, or the softmax scale (usually D ** -0.5): keys are then ranked with a random bonus, drawn from the seed,

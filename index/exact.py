@@ -75,6 +75,14 @@ class ExactIndex:
             check_truncate(n_keys, self.n_keys)
             self._keys = self._keys.first(n_keys)
 
+    def fork(self, keys: Any = None) -> "ExactIndex":
+        """See `Index.fork`."""
+        return ExactIndex(self._keys.moved(keys))
+
+    def snapshot(self) -> "ExactIndex":
+        """See `Index.snapshot`."""
+        return self.fork()
+
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
         storage.write(path, self.kind, {}, {}, self._keys, with_keys)

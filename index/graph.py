@@ -20,7 +20,7 @@ import numpy as np
 from retrieval_attn.host import Array, as_array, jit
 from retrieval_attn.index import storage
 from retrieval_attn.index.exact import scan
-from retrieval_attn.index.graph_append import add_cells, links_below
+from retrieval_attn.index.graph_append import add_cells, links_below, with_room
 from retrieval_attn.index.graph_cells import Cells, grow_cells, joined, without
 from retrieval_attn.index.graph_links import link_cells
 from retrieval_attn.index.graph_metric import Metric, fit_metric
@@ -52,8 +52,10 @@ class GraphIndex:
 
     kind = "graph"
 
-    def __init__(self, state: State, metrics: list[Metric], leaf: int, tail: int) -> None:
+    def __init__(self, state: State, metrics: list[Metric], leaf: int, tail: int, owner: bool = True) -> None:
+        """owner: whether nobody else writes into the links, so that this index may."""
         self._state = state
+        self._owner = owner
         self._metrics = metrics
         self._leaf = leaf
         self._tail = tail
@@ -151,20 +153,37 @@ class GraphIndex:
             old, cells, links, n_linked = self._state
             grown = old.grown(new_keys, keys)
             n_keys = grown.shape[1]
-            if n_keys - n_linked > max(self._tail, n_linked // 64):
-                links = with_room(links, n_linked, n_keys)
-                cells = add_cells(cells, grown, self._metrics, n_linked, links, self._leaf)
-                n_linked = n_keys
-            self._state = State(grown, cells, links, n_linked)
+            if n_keys - n_linked <= max(self._tail, n_linked // 64):
+                self._state = State(grown, cells, links, n_linked)
+                return
+            links = with_room(links, self._owner, n_linked, n_keys)
+            # Should this be interrupted, the next append goes on from a copy without what was written.
+            self._owner = False
+            cells = add_cells(cells, grown, self._metrics, n_linked, links, self._leaf)
+            self._state = State(grown, cells, links, n_keys)
+            self._owner = True
 
     def truncate(self, n_keys: int) -> None:
         """See `Index.truncate`."""
         with self._lock:
             check_truncate(n_keys, self.n_keys)
             keys, cells, links, n_linked = self._state
-            if n_keys < n_linked:
-                cells, links, n_linked = without(cells, n_keys), links_below(links, n_keys), n_keys
-            self._state = State(keys.first(n_keys), cells, links, n_linked)
+            if n_keys >= n_linked:
+                self._state = State(keys.first(n_keys), cells, links, n_linked)
+                return
+            kept = links_below(links, n_keys, n_keys)
+            self._state = State(keys.first(n_keys), without(cells, n_keys), kept, n_keys)
+            self._owner = True
+
+    def fork(self, keys: Any = None) -> "GraphIndex":
+        """See `Index.fork`."""
+        state = self._state
+        forked = state._replace(keys=state.keys.moved(keys))
+        return GraphIndex(forked, self._metrics, self._leaf, self._tail, owner=False)
+
+    def snapshot(self) -> "GraphIndex":
+        """See `Index.snapshot`."""
+        return self.fork()
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
@@ -175,7 +194,7 @@ class GraphIndex:
                 f"metric.{name}": np.stack(rows)
                 for name, rows in zip(Metric._fields, zip(*self._metrics, strict=True), strict=True)
             }
-            arrays["links"] = links[:, :n_linked]
+            arrays["links"] = links[:, :n_linked] if self._owner else links_below(links, n_linked, n_linked)
             storage.write(path, self.kind, {"leaf": self._leaf, "tail": self._tail}, arrays, keys, with_keys)
 
     @classmethod
@@ -205,16 +224,6 @@ def as_seeds(seeds: Any, batch: Batch) -> Array:
     if len(batch.lead) == 2 and array.ndim == 2:
         array = np.repeat(array[:, None], batch.lead[1], axis=1)
     return np.ascontiguousarray(array.reshape(n_heads, n_queries, -1), np.int32)
-
-
-def with_room(links: Array, n_linked: int, n_keys: int) -> Array:
-    """`links` with room for n_keys: itself, or a copy with an eighth to spare."""
-    n_heads, capacity, degree = links.shape
-    if capacity >= n_keys:
-        return links
-    roomy = np.full((n_heads, n_keys + n_keys // 8, degree), -1, np.int32)
-    roomy[:, :n_linked] = links[:, :n_linked]
-    return roomy
 
 
 @jit()

@@ -1,7 +1,8 @@
 """Placing and linking new keys in a graph that is already being searched, and forgetting the newest.
 
 New keys get cells of their own. Links to them are written in place while searches read them: every entry is always a
-valid id or -1, and searches skip ids that are newer than they are.
+valid id or -1, and searches skip ids that are newer than they are. So do forks, which share the links until they change
+them: to a fork, an id that its origin has added since may be another key.
 """
 
 import numba
@@ -36,10 +37,20 @@ def lifted_rows(keys: Keys, head: int, ids: Array) -> Array:
     return rows if keys.lift is None else np.concatenate([rows, keys.bonus[head, ids, None]], axis=1)
 
 
+def with_room(links: Array, owner: bool, n_linked: int, n_keys: int) -> Array:
+    """The links between the keys 0..n_linked, with room for n_keys: `links` itself, or a copy with an eighth to spare.
+
+    owner: whether `links` may be written to.
+    """
+    if owner and links.shape[1] >= n_keys:
+        return links
+    return links_below(links, n_linked, n_keys + n_keys // 8)
+
+
 @jit(parallel=True)
-def links_below(links: Array, n_keys: int) -> Array:
-    """A copy of the links between the keys 0..n_keys."""
-    kept = np.full((len(links), n_keys, links.shape[2]), np.int32(-1))
+def links_below(links: Array, n_keys: int, capacity: int) -> Array:
+    """A copy of the links between the keys 0..n_keys, with room for `capacity` keys."""
+    kept = np.full((len(links), capacity, links.shape[2]), np.int32(-1))
     for head in numba.prange(len(links)):
         for key in range(n_keys):
             n = 0

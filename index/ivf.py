@@ -88,18 +88,29 @@ class Lists(NamedTuple):
         return ids, self.sizes[nearest].sum(axis=1)
 
 
+class State(NamedTuple):
+    """Replaced as a whole, never changed: a search that holds an old one stays valid.
+
+    mean: (G, D) float32, what was taken off the keys. n_seen: the keys that the centroids were made from.
+    """
+
+    keys: Keys
+    lists: tuple[Lists, ...]
+    mean: Array
+    n_seen: int
+
+
 class IVFIndex:
     """One faiss IndexIVFFlat (inner product) per KV head. Effort is the number of lists probed."""
 
     kind = "ivf"
 
-    def __init__(self, keys: Keys, lists: tuple[Lists, ...], mean: Array, clustering: Clustering, n_seen: int) -> None:
-        # Replaced as a whole, never changed: a search that holds the old one stays valid.
-        self._state = (keys, lists, mean)
+    def __init__(self, state: State, clustering: Clustering, pool: ThreadPoolExecutor | None = None) -> None:
+        """pool: threads of another index to use; None: of its own."""
+        self._state = state
         self._clustering = clustering
-        self._n_seen = n_seen
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(numba.get_num_threads(), "ivf", lambda: faiss.omp_set_num_threads(1))
+        self._pool = pool or ThreadPoolExecutor(numba.get_num_threads(), "ivf", lambda: faiss.omp_set_num_threads(1))
 
     @classmethod
     def build(
@@ -121,12 +132,11 @@ class IVFIndex:
         if train_iterations < 1:
             raise ValueError(f"train_iterations must be at least 1, got {train_iterations}")
         clustering = Clustering(nlist, train_iterations, seed)
-        lists, mean = cluster(keys, clustering, steps)
-        return cls(keys, lists, mean, clustering, keys.shape[1])
+        return cls(cluster(keys, clustering, steps), clustering)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self._state[0].shape
+        return self._state.keys.shape
 
     @property
     def n_keys(self) -> int:
@@ -134,19 +144,23 @@ class IVFIndex:
 
     @property
     def lift(self) -> Lift | None:
-        return self._state[0].lift
+        return self._state.keys.lift
 
     @property
     def nbytes(self) -> int:
         """float32 keys and int64 ids in the lists, centroids, means."""
-        keys, lists, mean = self._state
+        keys, lists, mean, _ = self._state
         dim = mean.shape[1]
         in_lists = sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists)
         return int(in_lists + mean.nbytes + keys.bonus.nbytes)
 
+    @property
+    def _n_seen(self) -> int:
+        return self._state.n_seen
+
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: lists probed per head, by default one in four; `seeds` change nothing."""
-        keys, lists, _ = self._state
+        keys, lists, *_ = self._state
         batch = check_search(q, k, keys)
         n_heads, n_keys, _ = keys.shape
         n_listed, nlist = lists[0].index.ntotal, len(lists[0].sizes)
@@ -165,32 +179,39 @@ class IVFIndex:
     def append(self, new_keys: Any, *, keys: Any = None) -> None:
         """See `Index.append`. When there are half as many again, all are clustered anew, in this call."""
         with self._lock:
-            old, lists, mean = self._state
+            old, lists, mean, _ = self._state
             grown = old.grown(new_keys, keys)
             n_keys, n_listed = grown.shape[1], lists[0].index.ntotal
             if n_keys >= max(RECLUSTER * self._n_seen, MIN_TAIL):
-                lists, mean = cluster(grown, self._clustering, Steps())
-                self._n_seen = n_keys
-            elif n_keys - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
+                self._state = cluster(grown, self._clustering, Steps())
+                return
+            if n_keys - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
                 lists = tuple(x.extended(grown.lifted(head)[n_listed:] - mean[head]) for head, x in enumerate(lists))
-            self._state = (grown, lists, mean)
+            self._state = State(grown, lists, mean, self._n_seen)
 
     def truncate(self, n_keys: int) -> None:
         """See `Index.truncate`."""
         with self._lock:
             check_truncate(n_keys, self.n_keys)
-            keys, lists, mean = self._state
+            keys, lists, mean, _ = self._state
             if n_keys < lists[0].index.ntotal:
                 lists = tuple(x.shortened(n_keys) for x in lists)
             # What is left of the keys that the centroids were made from: others may follow.
-            self._n_seen = min(self._n_seen, n_keys)
-            self._state = (keys.first(n_keys), lists, mean)
+            self._state = State(keys.first(n_keys), lists, mean, min(self._n_seen, n_keys))
+
+    def fork(self, keys: Any = None) -> "IVFIndex":
+        """See `Index.fork`."""
+        state = self._state
+        return IVFIndex(state._replace(keys=state.keys.moved(keys)), self._clustering, self._pool)
+
+    def snapshot(self) -> "IVFIndex":
+        """See `Index.snapshot`."""
+        return self.fork()
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
-        with self._lock:
-            keys, lists, mean = self._state
-            settings = {**self._clustering._asdict(), "n_seen": self._n_seen}
+        keys, lists, mean, n_seen = self._state
+        settings = {**self._clustering._asdict(), "n_seen": n_seen}
         arrays = {f"lists.{head}": faiss.serialize_index(x.index) for head, x in enumerate(lists)}
         storage.write(path, self.kind, settings, {**arrays, "mean": mean}, keys, with_keys)
 
@@ -200,7 +221,7 @@ class IVFIndex:
         lists = tuple(Lists.of(faiss.deserialize_index(saved.arrays[f"lists.{head}"])) for head in range(n_heads))
         settings = dict(saved.settings)
         n_seen = settings.pop("n_seen")
-        return cls(saved.keys, lists, saved.arrays["mean"], Clustering(**settings), n_seen)
+        return cls(State(saved.keys, lists, saved.arrays["mean"], n_seen), Clustering(**settings))
 
 
 def default_lists(n_keys: int) -> int:
@@ -208,8 +229,8 @@ def default_lists(n_keys: int) -> int:
     return max(1, min(int(4 * n_keys**0.5), n_keys // 39))
 
 
-def cluster(keys: Keys, clustering: Clustering, steps: Steps) -> tuple[tuple[Lists, ...], Array]:
-    """The lists of every head, and the mean keys (G, D) that were taken off before."""
+def cluster(keys: Keys, clustering: Clustering, steps: Steps) -> State:
+    """All keys in lists made from them."""
     n_heads, n_keys, _ = keys.shape
     nlist = default_lists(n_keys) if clustering.nlist is None else clustering.nlist
     means, lists = [], []
@@ -219,7 +240,7 @@ def cluster(keys: Keys, clustering: Clustering, steps: Steps) -> tuple[tuple[Lis
         means.append(points.mean(axis=0, dtype=np.float64).astype(np.float32))
         lists.append(_cluster(points - means[-1], nlist, clustering.seed, clustering.iterations))
     steps.reached(1.0)
-    return tuple(lists), np.stack(means)
+    return State(keys, tuple(lists), np.stack(means), n_keys)
 
 
 def _cluster(points: Array, nlist: int, seed: int, iterations: int) -> Lists:

@@ -8,13 +8,16 @@ import numpy as np
 from retrieval_attn.host import BFLOAT16, Array, as_array, as_float32, as_stored, jit
 from retrieval_attn.index.lift import Lift
 
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
+# int8 keys are plain numbers: whoever scaled them multiplies the queries instead.
+INT8 = np.dtype(np.int8)
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16, "int8": INT8}
 
 
 class Flat(NamedTuple):
     """Keys for compiled code: the row of key s of head g starts at values[g * stride_g + s * stride_s].
 
-    values: one-dimensional, contiguous; float32, uint16 (bfloat16 bits) or int16 (float16 bits). Strides in elements.
+    values: one-dimensional, contiguous; float32, int8, uint16 (bfloat16 bits) or int16 (float16 bits). Strides in
+    elements.
     """
 
     values: Array
@@ -72,8 +75,7 @@ class Keys:
                 f"keys must be {expected} {self.dtype_name} (the indexed keys followed by new_keys), "
                 f"got {whole.shape} {whole.dtype}"
             )
-        if not agree(whole[:, :n_old], self.array):
-            raise ValueError(f"keys must begin with the {n_old} keys already indexed; sampled rows differ")
+        self._check_rows(whole[:, :n_old])
         if not agree(whole[:, n_old:], new):
             raise ValueError(f"keys must end with the {new.shape[1]} rows of new_keys; sampled rows differ")
         return Keys(whole, lift=self.lift)
@@ -81,6 +83,29 @@ class Keys:
     def first(self, n_keys: int) -> "Keys":
         """The first n_keys of these. What grows from here leaves the rows that older objects read alone."""
         return Keys(self.array[:, :n_keys], lift=self.lift)
+
+    def moved(self, keys: Any = None) -> "Keys":
+        """The same keys, for an index that goes its own way; it never writes behind these.
+
+        keys: the caller's own (G, n, D) array, n >= S, whose first S rows they are, used in place from then on.
+        Without it, they stay where they are.
+        """
+        n_keys = self.shape[1]
+        if keys is None:
+            return self.first(n_keys)
+        whole = as_layout(keys, "keys")
+        array = whole[:, :n_keys]
+        if array.shape != self.shape or array.dtype != self.array.dtype:
+            raise ValueError(
+                f"keys must be {self.shape} {self.dtype_name} (the indexed keys; more may follow them), "
+                f"got {whole.shape} {whole.dtype}"
+            )
+        self._check_rows(array)
+        return Keys(array, lift=self.lift)
+
+    def _check_rows(self, array: Array) -> None:
+        if not agree(array, self.array):
+            raise ValueError(f"keys must begin with the {self.shape[1]} keys already indexed; sampled rows differ")
 
     def _grown_copy(self, new: Array) -> "Keys":
         n_heads, n_old, dim = self.shape
@@ -101,6 +126,8 @@ def check_keys(x: Any, name: str, *, dtype: Any = None, n_heads: int | None = No
         raise ValueError(f"{name} must have the dtype of the index, {dtype} (uint16 is bfloat16), got {array.dtype}")
     if n_heads is not None and (array.shape[0], array.shape[2]) != (n_heads, dim):
         raise ValueError(f"{name} must be ({n_heads}, n, {dim}) (KV heads, keys, head dimension), got {array.shape}")
+    if array.dtype == INT8:
+        return array
     flat = _flatten(array)
     for head in range(array.shape[0]):
         row = _first_not_finite(array, flat, head)
@@ -110,7 +137,7 @@ def check_keys(x: Any, name: str, *, dtype: Any = None, n_heads: int | None = No
 
 
 def as_layout(x: Any, name: str) -> Array:
-    """`x` as (G, S, D) with contiguous rows, float32, float16 or bfloat16, without a copy."""
+    """`x` as (G, S, D) with contiguous rows, of one of DTYPES, without a copy."""
     array = as_array(x, name)
     if array.ndim != 3 or 0 in (array.shape[0], array.shape[2]):
         raise ValueError(f"{name} must be (G, S, D) (KV heads, keys, head dimension), got shape {array.shape}")

@@ -116,6 +116,15 @@ class PageIndex:
             keys, pages = self._state
             self._state = State(keys.first(n_keys), pages.first(n_keys // pages.scheme.page_size))
 
+    def fork(self, keys: Any = None) -> "PageIndex":
+        """See `Index.fork`."""
+        old, pages = self._state
+        return PageIndex(old.moved(keys), pages._replace(owner=False))
+
+    def snapshot(self) -> "PageIndex":
+        """See `Index.snapshot`."""
+        return self.fork()
+
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
         keys, pages = self._state

@@ -1,4 +1,5 @@
-"""What stands for a page of keys while pages are compared: one or a few rows per page, of the keys' own dtype.
+"""What stands for a page of keys while pages are compared: one or a few rows per page, of the keys' own dtype; or, as
+the means of int8 keys are no such numbers, in bfloat16, which holds these keys themselves exactly.
 
 mean: the mean of the page's keys; a page scores what its average key scores.
 minmax: per dimension the largest and the smallest element of any key (Quest, Tang et al., ICML 2024). A query takes the
@@ -18,7 +19,7 @@ import numpy as np
 
 from retrieval_attn.host import BFLOAT16, Array, jit, load
 from retrieval_attn.index.dots import read_key, squared_distance
-from retrieval_attn.index.keys import Keys
+from retrieval_attn.index.keys import INT8, Keys
 from retrieval_attn.index.protocol import Steps
 
 SCORES = ("mean", "minmax", "halfway", "reps")
@@ -47,7 +48,7 @@ class Scheme(NamedTuple):
         return np.concatenate([np.maximum(queries, 0), np.minimum(queries, 0)], axis=2)
 
     def summaries(self, keys: Keys, heads: range, first: int, last: int) -> Array:
-        """Pages first..last of some heads that follow each other: (n, last - first, m, W) of the keys' dtype."""
+        """Pages first..last of some heads that follow each other: (n, last - first, m, W), as `Pages.rows`."""
         out = np.empty((len(heads), last - first, *self.shape(keys.shape[2])), np.float32)
         summarise = {
             "mean": write_means, "minmax": write_bounds, "halfway": write_halfway, "reps": write_representatives,
@@ -55,29 +56,29 @@ class Scheme(NamedTuple):
         values, stride_g, stride_s = keys.flat
         start = heads.start * stride_g + first * self.page_size * stride_s
         summarise(values, start, stride_g, stride_s, self.page_size, out)
-        return rounded(out, keys.array.dtype)
+        return rounded(out, row_dtype(keys))
 
 
 class Pages(NamedTuple):
     """The summaries of all full pages.
 
-    rows: (G, capacity, m, W) of the keys' dtype, C-contiguous; those past `n_pages` are room to grow.
+    rows: (G, capacity, m, W), C-contiguous, see `row_dtype`; those past `n_pages` are room to grow.
     bonus: (G, capacity) float32, the largest bonus of any key of the page; (G, 0) without a lift.
-    n_written: rows that a running search may read; more than n_pages after pages were cut off.
+    owner: whether nobody else reads or writes behind n_pages, so that new pages may go there.
     """
 
     scheme: Scheme
     rows: Array
     bonus: Array
     n_pages: int
-    n_written: int
+    owner: bool
 
     @classmethod
     def of(cls, scheme: Scheme, keys: Keys, steps: Steps) -> "Pages":
         """Summarise all full pages of `keys`."""
         n_heads, n_keys, dim = keys.shape
         n_pages = n_keys // scheme.page_size
-        rows = np.empty((n_heads, n_pages, *scheme.shape(dim)), keys.array.dtype)
+        rows = np.empty((n_heads, n_pages, *scheme.shape(dim)), row_dtype(keys))
         for head in range(n_heads):
             steps.reached(head / n_heads)
             rows[head] = scheme.summaries(keys, range(head, head + 1), 0, n_pages)[0]
@@ -88,7 +89,7 @@ class Pages(NamedTuple):
     def around(cls, scheme: Scheme, rows: Array, keys: Keys) -> "Pages":
         """Pages with these rows (G, n, m, W), which summarise the first n pages of `keys`."""
         n_pages = rows.shape[1]
-        return cls(scheme, rows, largest_bonus(keys, scheme.page_size, 0, n_pages), n_pages, n_pages)
+        return cls(scheme, rows, largest_bonus(keys, scheme.page_size, 0, n_pages), n_pages, True)
 
     @property
     def nbytes(self) -> int:
@@ -106,15 +107,15 @@ class Pages(NamedTuple):
         if keys.lift:
             bonus = self._with_room(bonus, n_pages)
             bonus[:, old:n_pages] = largest_bonus(keys, scheme.page_size, old, n_pages)
-        return Pages(scheme, rows, bonus, n_pages, n_pages)
+        return Pages(scheme, rows, bonus, n_pages, True)
 
     def first(self, n_pages: int) -> "Pages":
-        """The first n_pages of these."""
-        return self._replace(n_pages=n_pages)
+        """The first n_pages of these. What grows from here leaves the rows that older objects read alone."""
+        return self._replace(n_pages=n_pages, owner=self.owner and n_pages == self.n_pages)
 
     def _with_room(self, array: Array, n_pages: int) -> Array:
-        """`array` with room for n_pages that no running search reads: itself, or a copy with a sixteenth to spare."""
-        if array.shape[1] >= n_pages and self.n_pages == self.n_written:
+        """`array` with room for n_pages that nobody else uses: itself, or a copy with a sixteenth to spare."""
+        if self.owner and array.shape[1] >= n_pages:
             return array
         roomy = np.empty((len(array), n_pages + n_pages // 16, *array.shape[2:]), array.dtype)
         roomy[:, : self.n_pages] = array[:, : self.n_pages]
@@ -127,6 +128,11 @@ def largest_bonus(keys: Keys, page_size: int, first: int, last: int) -> Array:
         return keys.bonus
     paged = keys.bonus[:, first * page_size : last * page_size].reshape(len(keys.bonus), last - first, page_size)
     return paged.max(axis=2)
+
+
+def row_dtype(keys: Keys) -> np.dtype:
+    """The stored dtype of summaries: that of the keys, if it has more than whole numbers."""
+    return BFLOAT16 if keys.array.dtype == INT8 else keys.array.dtype
 
 
 def rounded(x: Array, dtype: np.dtype) -> Array:

@@ -65,6 +65,23 @@ class Index(Protocol):
     def truncate(self, n_keys: int) -> None:
         """Forget all keys from id `n_keys` on; 1 <= n_keys <= S, else ValueError. As safe as `append`."""
 
+    def fork(self, keys: Any = None) -> "Index":
+        """Another index over the same keys, at once: what is built is shared until one of the two changes it.
+
+        keys: the fork's own (G, n, D) array, n >= S, whose first S rows are the indexed keys (ValueError if not, by a
+        sample), used in place from then on. Without it the fork reads the rows where they are, and copies them when
+        keys are appended to it. What is appended to or cut off either index is never seen by the other, which gives
+        the same results to the bit. The first append to a fork may copy what was shared. Safe while another thread
+        appends: the fork then has the keys of before that append or of after it, so `keys` had better hold them all.
+        """
+
+    def snapshot(self) -> "Index":
+        """The index as it is now, for searching while this one goes on: a fork that shares the keys' memory, too.
+
+        Keys are read in place: rows that this index has forgotten by `truncate` must stay unchanged in the caller's
+        array for as long as the snapshot is searched.
+        """
+
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """Write the index to one file, atomically; `load_index` reads it."""
 

@@ -125,6 +125,16 @@ class ScanIndex:
             n_fitted = min(old.n_fitted, n_keys)
             self._state = State(old.keys.first(n_keys), old.codes.first(n_keys), old.map, n_fitted)
 
+    def fork(self, keys: Any = None) -> "ScanIndex":
+        """See `Index.fork`."""
+        state = self._state
+        forked = state._replace(keys=state.keys.moved(keys), codes=state.codes._replace(owner=False))
+        return ScanIndex(forked, self._recipe)
+
+    def snapshot(self) -> "ScanIndex":
+        """See `Index.snapshot`."""
+        return self.fork()
+
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
         keys, codes, coordinates, n_fitted = self._state

@@ -30,7 +30,7 @@ class Codes(NamedTuple):
 
     blocks: (G, n, bytes per block) uint8, n >= n_keys / 16, laid out as `scan_dots.py` reads them.
     factors: (G, 16 n) uint16, bfloat16 bits.
-    owner: whether nobody else writes behind n_keys, so that new keys may go there.
+    owner: whether nobody else reads or writes behind n_keys, so that new keys may go there.
     """
 
     blocks: Array
@@ -65,9 +65,13 @@ class Codes(NamedTuple):
         return grown._replace(n_keys=self.n_keys)
 
     def trimmed(self) -> tuple[Array, Array]:
-        """Blocks and factors without the room behind them."""
-        used = -(-self.n_keys // LANES)
-        return self.blocks[:, :used], self.factors[:, : used * LANES]
+        """Copies of blocks and factors, with zeros behind the last key, where another thread may be writing."""
+        used, n_last = -(-self.n_keys // LANES), self.n_keys % LANES
+        blocks, factors = self.blocks[:, :used].copy(), self.factors[:, : used * LANES].copy()
+        if n_last:
+            blocks[:, -1].reshape(len(blocks), -1, LANES, GROUP_BYTES // LANES)[:, :, n_last:] = 0
+            factors[:, self.n_keys :] = 0
+        return blocks, factors
 
 
 def extend(codes: Codes, keys: Keys, coordinates: Map, head: int) -> None:

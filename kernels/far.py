@@ -56,8 +56,9 @@ def attend_far(
     """Exact attention of one sequence over the keys named by `ids`.
 
     query: (1, H, T, D) or (H, T, D) tensor in CPU memory.
-    keys: (G, S, D); values: (G, S, Dv); CPU tensors or NumPy arrays of float32, float16 or bfloat16, never converted as
-    a whole; any strides between rows, each row contiguous. KV head of query head h is h // R.
+    keys: (G, S, D); values: (G, S, Dv); CPU tensors or NumPy arrays of float32, float16, bfloat16 or int8 (plain
+    numbers), each of its own dtype, never converted as a whole; any strides between rows, each row contiguous. KV head
+    of query head h is h // R.
     ids: (H, T, K) int32, -1 where there is none; an id named twice counts once.
     share_group: True lets each query head attend to everything its head group found, which reads each key once and
     recovers more mass; False lets it attend to its own ids only.

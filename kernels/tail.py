@@ -47,7 +47,8 @@ class TailSummary:
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """keys: (G, S, D), values: (G, S, Dv), S >= 1, any float dtype, in CPU memory; read once, not kept."""
+        """keys: (G, S, D), values: (G, S, Dv), S >= 1, any float dtype or int8 (plain numbers), in CPU memory;
+        read once, not kept."""
         G, S, D = keys.shape
         self.page = max(PAGE, 2 ** math.ceil(math.log2(S / MOST_PAGES))) if S else PAGE
         self._length = 0

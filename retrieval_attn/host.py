@@ -29,7 +29,7 @@ FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 def as_array(x: Any, name: str = "array") -> Array:
     """A NumPy view of `x` without a copy; bfloat16 tensors come back as their uint16 bits.
 
-    x: NumPy array or CPU torch tensor; float32, float16 or bfloat16 (or an integer array, passed through).
+    x: NumPy array or CPU torch tensor; float32, float16, bfloat16 or int8 (other integers pass through, too).
     Raises TypeError for other types, ValueError for a tensor that is not in CPU memory.
     """
     if isinstance(x, np.ndarray):
@@ -74,7 +74,7 @@ def _float16_to_float32(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 def load(x: Any) -> float:
-    """One stored element as float32, inside compiled code: uint16 is bfloat16 bits, int16 is float16 bits."""
+    """One stored element as float32, inside compiled code: uint16 is bfloat16 bits, int16 float16 bits, int8 itself."""
     raise TypeError("load() exists only inside compiled code")
 
 

@@ -46,6 +46,43 @@ def test_growing_in_the_callers_buffer_copies_nothing(array):
     assert keys.shape == (2, 200, 16)
 
 
+def test_moved_keys_are_read_where_they_are_and_grow_apart(array):
+    keys = Keys(array[:, :100]).grown(array[:, 100:120])
+    other = array.copy()
+    moved, stayed = keys.moved(other), keys.moved()
+    assert np.shares_memory(moved.array, other)
+    assert np.shares_memory(stayed.array, keys.array)
+    assert moved.shape == stayed.shape == keys.shape
+    # There is room behind the keys, but it is the first's alone.
+    grown, apart = keys.grown(array[:, 120:130]), stayed.grown(array[:, 290:300])
+    assert np.shares_memory(grown.array, keys.array)
+    np.testing.assert_array_equal(grown.array, array[:, :130])
+    np.testing.assert_array_equal(apart.array, np.concatenate([array[:, :120], array[:, 290:300]], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (lambda a: a[:, :99], r"must be \(2, 100, 16\) float32.*got \(2, 99, 16\)"),
+        (lambda a: a[:1], r"got \(1, 300, 16\)"),
+        (lambda a: a.astype(np.float16), "float16"),
+        (lambda a: a[:, 1:], "must begin with the 100 keys"),
+    ],
+)
+def test_other_keys_to_move_to_are_refused(array, whole, message):
+    with pytest.raises(ValueError, match=message):
+        Keys(array[:, :100]).moved(whole(array))
+
+
+def test_whole_numbers_are_keys_as_they_are(array):
+    numbers = np.rint(array * 10).clip(-128, 127).astype(np.int8)
+    keys = Keys(check_keys(numbers[:, ::3], "keys"))
+    np.testing.assert_array_equal(rows(keys), numbers[:, ::3])
+    assert np.shares_memory(keys.flat.values, numbers)
+    assert keys.dtype_name == "int8"
+    np.testing.assert_array_equal(keys.float32(1), numbers[1, ::3].astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("whole", "message"),
     [

@@ -54,6 +54,28 @@ def test_head_dimensions(dtype, D):
     assert_as_exact_as_its_dtype(attend_far(*inputs), *inputs)
 
 
+def as_int8(x):
+    """Numbers from -127 to 127, and what one of them is worth."""
+    unit = x.abs().max() / 127
+    return (x / unit).round().to(torch.int8), unit
+
+
+@pytest.mark.parametrize("share_group", [True, False])
+@pytest.mark.parametrize(("S", "D", "R"), [(1, 64, 4), (63, 7, 5), (1000, 128, 4), (1000, 64, 1)])
+def test_int8_is_read_as_plain_numbers(share_group, S, D, R):
+    query, keys, values, ids, scale = lookup(S=S, D=D, R=R, T=2)
+    (keys, unit), (values, _) = as_int8(keys), as_int8(values)
+    inputs = query, keys, values, ids, scale * float(unit)
+    assert_as_exact_as_its_dtype(attend_far(*inputs, share_group=share_group), *inputs, share_group)
+
+
+def test_keys_and_values_may_differ_in_dtype():
+    query, keys, values, ids, scale = lookup(dtype=torch.float16)
+    keys, unit = as_int8(keys.float())
+    inputs = query, keys.numpy(), values.numpy(), ids, scale * float(unit)
+    assert_as_exact_as_its_dtype(attend_far(*inputs), query, keys, values, ids, scale * float(unit))
+
+
 def test_values_of_another_dimension():
     inputs = lookup(D=64, Dv=24, T=3)
     assert_as_exact_as_its_dtype(attend_far(*inputs), *inputs)

@@ -110,6 +110,21 @@ def test_restored_it_estimates_the_same():
         assert torch.equal(ours, theirs)
 
 
+def test_int8_is_read_as_plain_numbers():
+    query, keys, values, scale = layer(S=1500)
+    keys, values = ((x / x.abs().max() * 127).round().to(torch.int8) for x in (keys, values))
+    limit, found = torch.full((4, 3), 3.0), torch.full((4, 3), 10)
+    states = []
+    for k, v in ((keys, values), (keys.float(), values.float())):
+        summary = TailSummary(k[:, :1200], v[:, :1200])
+        summary.append(k[:, 1200:], v[:, 1200:])
+        summary.truncate(1300, k, v)
+        states.append(summary.attend_rest(query, limit, found, scale / 20))
+    assert torch.isfinite(states[0].lse).all()
+    assert torch.equal(states[0].out, states[1].out)
+    assert torch.equal(states[0].lse, states[1].lse)
+
+
 def test_long_contexts_take_longer_pages():
     keys = torch.zeros(1, 256 * PAGE + 1, 2)
     assert TailSummary(keys, keys).page == 2 * PAGE
