@@ -75,7 +75,7 @@ class Retrieving:
         for memory in self._memories:
             if memory.split.n_far:
                 memory.index()
-        self._build_seconds = sum(memory.build_seconds for memory in self._memories)
+        self._build_seconds = sum(memory.far_index.build_seconds for memory in self._memories)
 
     def step(self, n: int, query: Tensor, layer: int) -> Step:
         memory, source, clock = self._memories[layer], self._layers[layer], StepClock()
@@ -131,7 +131,7 @@ class Retrieving:
         return chosen, sum(recalls) / H
 
     def sizes(self) -> dict[str, Any]:
-        indexes = [memory.index_if_built for memory in self._memories]
+        indexes = [memory.far_index.if_built for memory in self._memories]
         return {
             "build_s": self._build_seconds,
             "index_bytes": sum(index.nbytes for index in indexes if index is not None),
@@ -144,7 +144,7 @@ class Retrieving:
         (G, D, _, dtype, *_), n_far = memory.shape, memory.split.n_far
         H, top_k = self._layers[0].queries.shape[1], memory.config.top_k
         row = D * dtype.itemsize
-        index = memory.index_if_built
+        index = memory.far_index.if_built
         # A scan reads its codes, not the keys that it looks at through them.
         coded = index.nbytes if index is not None and index.kind == "scan" else 0
         searched = G * n_far if self.name == "exact" else 0 if coded else H * visited * n_far

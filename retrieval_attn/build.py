@@ -119,12 +119,12 @@ def build_far_index(
     choice: Choice,
     keys: Tensor,
     values: Tensor,
-    queries: Tensor,
+    queries: Tensor | None,
     scale: float,
     cancelled: Callable[[], bool] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> BuiltIndex:
-    """Index the far keys (G, S, D) and summarise them and their values, taught by the sampled queries (H, T, D).
+    """Index the far keys (G, S, D) and summarise them and their values, taught by sampled queries (H, T, D), if any.
 
     All in CPU memory. scale: of the softmax, for the "lift" estimator.
     """

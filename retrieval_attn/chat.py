@@ -575,7 +575,7 @@ def changed_options(options: dict[str, Any], changes: Sequence[str]) -> dict[str
 def status(session: "Session") -> dict[str, str]:
     """What a conversation consists of, by name."""
     llm, memories = session.llm, session.cache.memories
-    built = [memory.index_if_built for memory in memories]
+    built = [memory.far_index.if_built for memory in memories]
     config = {name: value for name, value in asdict(llm.config).items() if value is not None}
     return {
         "model": f"{llm.model.config.name_or_path} ({llm.model.config.model_type}, {llm.model.dtype}, "

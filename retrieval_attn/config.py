@@ -7,6 +7,10 @@ INDEX_KINDS = ("exact", "ivf", "graph", "scan", "page", "auto")
 
 ESTIMATORS = ("topk", "lift", "tail")
 
+KV_DTYPES = ("auto", "int8")
+
+FOLLOWUPS = ("exact", "retrieve")
+
 # Fewer new tokens than this attend exactly: they cost little, and a question is worth it.
 FEWEST_SPARSE = 512
 
@@ -57,8 +61,20 @@ class RetrievalConfig:
     prefill_chunk: prompt tokens per forward pass; bounds the memory of activations.
     prefill_tile: earlier keys that one attention call of exact prefill sees; bounds what is on the device at once.
         Sparse prefill brings all keys and values of a layer there, one layer at a time.
+    device_kv_budget: bytes of keys and values that prefill may keep on the device, so that later chunks need not bring
+        them back from CPU memory; the near window comes on top. None: what is free at the first chunk, less a reserve
+        for activations. Without a GPU nothing is kept twice.
+    followup: how the tokens of a later turn attend to what the cache holds: "exact"ly, streamed to the device in tiles;
+        or they "retrieve", as generated tokens do, which takes no pass over all keys.
+    kv_dtype: "auto" keeps keys and values in the model's dtype; "int8" in half the memory, with a scale for every head
+        and coordinate. The near window stays in the model's dtype.
+    kv_dir: a folder for the keys and values, which are then memory-mapped files, for what exceeds the memory. The files
+        have no names and are gone when the process is. None keeps them in memory.
+    max_tokens: a hard limit for a context; None leaves it to the model.
+    max_host_bytes: a hard limit for the keys and values of one cache on the host; None leaves it to the machine.
     seed: makes index builds repeatable.
-    threads: CPU threads of this package's kernels; None means all cores.
+    threads: CPU threads for PyTorch, this package's kernels and index builds together; None means all cores. While a
+        build runs beside a request, each gets half of them.
 
     Raises ValueError naming the field, the rule and the value; unknown names are errors (TypeError).
     """
@@ -81,23 +97,31 @@ class RetrievalConfig:
     exact_below: int = 2048
     prefill_chunk: int = 2048
     prefill_tile: int = 65536
+    device_kv_budget: int | None = None
+    followup: str = "exact"
+    kv_dtype: str = "auto"
+    kv_dir: str | None = None
+    max_tokens: int | None = None
+    max_host_bytes: int | None = None
     seed: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.index not in INDEX_KINDS:
-            raise ValueError(f"index must be one of {', '.join(map(repr, INDEX_KINDS))}, got {self.index!r}")
         for name, least in _LEAST.items():
             _check_integer(name, getattr(self, name), least)
-        for name in ("effort", "threads", "dense_below"):
+        for name, least in _LEAST_IF_GIVEN.items():
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {self.estimator!r}")
+                _check_integer(name, getattr(self, name), least)
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         self._check_mass()
         self._check_prefill()
         if not isinstance(self.share_group, bool):
             raise ValueError(f"share_group must be True or False, got {self.share_group!r}")
+        # A session's manifest holds the config as plain data.
+        if self.kv_dir is not None and not isinstance(self.kv_dir, str):
+            raise ValueError(f"kv_dir must be the path of a folder as a str, or None, got {self.kv_dir!r}")
 
     def _check_mass(self) -> None:
         if self.min_k > self.max_k:
@@ -130,6 +154,17 @@ class RetrievalConfig:
             raise ValueError(f"unknown config field {unknown[0]!r}; the fields are {', '.join(known)}")
         return cls(**options)
 
+
+_ALLOWED = {"index": INDEX_KINDS, "estimator": ESTIMATORS, "followup": FOLLOWUPS, "kv_dtype": KV_DTYPES}
+
+_LEAST_IF_GIVEN = {
+    "effort": 1,
+    "threads": 1,
+    "dense_below": 1,
+    "device_kv_budget": 0,
+    "max_tokens": 1,
+    "max_host_bytes": 1,
+}
 
 _LEAST = {
     "top_k": 1,

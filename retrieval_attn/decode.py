@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retrieval_attn.estimate import FarState, estimate, within_mass, worst_scores
 from retrieval_attn.index import Index, SearchResult, build_index
-from retrieval_attn.kernels import AttentionState, attend_far, attend_near, merge
+from retrieval_attn.kernels import AttentionState, attend_dense, attend_far, attend_near, merge
 from retrieval_attn.memory import LayerMemory
 
 LEAST_NORM = 1e-30
@@ -62,40 +62,72 @@ class Lap:
 
 
 def decode(query: Tensor, memory: LayerMemory, scale: float, clock: StepClock) -> AttentionState:
-    """Attention of the newest tokens over everything in `memory`, the far part through the index.
+    """Attention of the newest token over everything in `memory`, the far part through the index.
 
-    query: (1, H, T, D) of tokens already appended to `memory`; T = 1, because the window holds keys later than an
-    earlier query of a block may see. Returns (1, H, T, D) and (1, H, T) on the query's device.
+    query: (1, H, 1, D) of a token already appended to `memory`; several at once go to `decode_block`. Returns
+    (1, H, 1, Dv) and (1, H, 1) on the query's device.
     """
     assert query.shape[2] == 1
-    # Before the clock starts: waiting for a build, or taking in a token that left the window, is not searching.
-    index = memory.index() if memory.split.n_far else None
+    # Before the clock starts: waiting for a build, or taking in keys that left the window, is not searching.
+    index = memory.index()
     lap = Lap(clock)
     near = attend_near(query, memory.window.keys(), memory.window.values(), scale)
     lap.to("near")
-    if index is None:
-        return near
-    on_host = query.detach().float().cpu()
-    hits = _find(on_host, memory, index, near, scale, clock)
-    lap.to("search")
-    # In the query's own dtype: the output comes back in it.
-    asked = query.detach().cpu()
-    far = _attend(asked, memory, index, hits, scale)
+    return _with_far(query, memory, index, near, scale, lap) if memory.split.n_far else near
+
+
+def decode_block(
+    query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory, scale: float, clock: StepClock
+) -> AttentionState:
+    """As `decode` for the next T tokens at once, which are appended to `memory` afterwards.
+
+    query (1, H, T, D), keys (1, G, T, D), values (1, G, T, Dv). What was near before them stays near to all of them.
+    """
+    index = memory.index()
+    lap = Lap(clock)
+    # In the window order is lost, and none is needed: all of it is before the block.
+    close = [torch.cat(pair, dim=2) for pair in ((memory.window.keys(), keys), (memory.window.values(), values))]
+    out = attend_dense(query, close[0], close[1], scale, causal=True)
+    lap.to("near")
+    if memory.split.n_far:
+        out = _with_far(query, memory, index, out, scale, lap)
+    memory.append(query, keys, values)
+    return out
+
+
+def _with_far(
+    query: Tensor, memory: LayerMemory, index: Index | None, near: AttentionState, scale: float, lap: Lap
+) -> AttentionState:
+    """The state merged with that of the far keys: those that the index covers by search, the newest ones exactly."""
+    store, clock = memory.store, lap.clock
+    newest = memory.far().after(0 if index is None else index.n_keys)
+    # Stored rows may be integers, which take other queries, and give other outputs.
+    on_host = store.folded(query.detach().float().cpu())
+    state = attend_near(on_host, newest.keys[None], newest.values[None], scale)
+    close = near._replace(lse=torch.logaddexp(near.lse.cpu(), state.lse))
     lap.to("gather")
-    out = merge(near, far.state.to(query.device))
+    hits = found = None
+    if index is not None:
+        hits = _find(on_host, memory, index, close, scale, clock)
+        lap.to("search")
+        found = _attend(on_host, memory, index, hits, scale)
+        state = merge(found.state, state)
+    state = AttentionState(store.unfolded(state.out).to(near.out.dtype), state.lse).to(query.device)
+    lap.to("gather")
+    out = merge(near, state)
     lap.to("merge")
-    _note(clock, memory, far, out)
+    _note(clock, memory, found, newest.length, out)
     every = memory.config.verify_every
-    if every and clock.steps % every == 0:
-        _verify(on_host, memory, index, hits, near, out, scale, clock)
+    if every and hits is not None and index is not None and clock.steps % every == 0:
+        _verify(on_host, memory, index, hits, near, close, out, scale, clock)
     return out
 
 
 def _find(
-    query: Tensor, memory: LayerMemory, index: Index, near: AttentionState, scale: float, clock: StepClock
+    query: Tensor, memory: LayerMemory, index: Index, close: AttentionState, scale: float, clock: StepClock
 ) -> SearchResult:
-    """What the index finds; with `mass`, as much as that takes."""
-    config, n_far = memory.config, memory.split.n_far
+    """What the index finds; with `mass`, as much as that takes beside what is attended to anyway (`close`)."""
+    config, n_far = memory.config, index.n_keys
     k = min(config.top_k + (config.estimator == "lift"), n_far)
     if config.mass is None:
         return _search(query, memory, index, k, clock)
@@ -106,7 +138,7 @@ def _find(
         n_found = np.sum(hits.ids >= 0, axis=-1)
         threshold = torch.from_numpy(worst_scores(hits, scale, n_found))
         rest = memory.tail().attend_rest(query, threshold, torch.from_numpy(n_found), scale)
-        kept, suffices = within_mass(hits, scale, rest, near, config.mass, config.min_k)
+        kept, suffices = within_mass(hits, scale, rest, close, config.mass, config.min_k)
         if suffices or k >= min(config.max_k, n_far):
             most = int(np.sum(kept.ids >= 0, axis=-1).max())
             memory.reach = max(config.min_k, most + most // 4)
@@ -117,38 +149,44 @@ def _find(
 def _search(query: Tensor, memory: LayerMemory, index: Index, k: int, clock: StepClock) -> SearchResult:
     hits = index.search(query[0], k, effort=memory.config.effort, seeds=memory.last_ids)
     if index.kind == "graph":
-        memory.last_ids = hits.ids[:, 0]
+        memory.last_ids = hits.ids[:, -1]
     clock.visited += float(np.mean(hits.visited))
-    clock.far += memory.split.n_far
+    clock.far += index.n_keys
     return hits
 
 
 def _attend(query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult, scale: float) -> FarState:
-    config = memory.config
+    config, (keys, values) = memory.config, memory.far().before(index.n_keys)
     return estimate(
-        query, memory.far_keys(), memory.far_values(), hits, scale, estimator=config.estimator,
+        query, keys, values, hits, scale, estimator=config.estimator,
         tail=memory.tail() if config.estimator == "tail" else None, lift=index.lift, share_group=config.share_group,
     )  # fmt: skip
 
 
-def _note(clock: StepClock, memory: LayerMemory, far: FarState, out: AttentionState) -> None:
-    """Add what the step found to the clock."""
+def _note(clock: StepClock, memory: LayerMemory, found: FarState | None, n_newest: int, out: AttentionState) -> None:
+    """Add what the step found, beside the newest far keys, to the clock."""
     clock.steps += 1
     memory.steps += 1
-    clock.used += float(np.mean(far.n_used))
-    # Of the whole: all of the window, and of the far part what was read.
-    missing = (1 - far.recovered) * torch.exp(far.state.lse.cpu() - out.lse.cpu())[0]
-    clock.recovered += 1 - float(missing.mean())
+    clock.visited += n_newest
+    clock.far += n_newest
+    clock.used += n_newest
+    clock.recovered += 1
+    if found is not None:
+        clock.used += float(np.mean(found.n_used))
+        missing = (1 - found.recovered) * torch.exp(found.state.lse.cpu() - out.lse.cpu())[0]
+        clock.recovered -= float(missing.mean())
 
 
 def _verify(
-    query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult, near: AttentionState, out: AttentionState,
-    scale: float, clock: StepClock,
+    query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult, near: AttentionState, close: AttentionState,
+    out: AttentionState, scale: float, clock: StepClock,
 ) -> None:  # fmt: skip
     """Compute the step exactly, and add to the clock how far from it the output is; the output stays as it is."""
-    keys, values = memory.far_keys(), memory.far_values()
-    close = AttentionState(near.out.float(), near.lse).to("cpu")
-    exact = merge(close, attend_near(query, keys[None], values[None], scale))
+    far = memory.far()
+    keys, values = far.before(index.n_keys)
+    whole = attend_near(query, far.keys[None], far.values[None], scale)
+    whole = AttentionState(memory.store.unfolded(whole.out), whole.lse)
+    exact = merge(AttentionState(near.out.float(), near.lse).to("cpu"), whole)
     error = float((out.out.float().cpu() - exact.out).norm() / exact.out.norm().clamp_min(LEAST_NORM))
     clock.checks += 1
     clock.error += error
@@ -157,8 +195,8 @@ def _verify(
     # Of a sample, the last key only sets the threshold, and what other heads found is not used.
     ids = hits.ids[..., :-1] if sampled and hits.ids.shape[-1] < keys.shape[1] else hits.ids
     share_group = memory.config.share_group and not sampled
-    read = merge(close, attend_far(query, keys, values, ids, scale, share_group=share_group))
-    clock.mass += float(torch.exp(read.lse - exact.lse).mean())
+    read = attend_far(query, keys, values, ids, scale, share_group=share_group)
+    clock.mass += float(torch.exp(torch.logaddexp(read.lse, close.lse) - exact.lse).mean())
     oracle = build_index("exact", keys, seed=lift.seed if lift else 0, lift=lift.scale if lift else None)
     # A mass budget asks for as many as it kept; otherwise a head that found fewer has missed the others.
     n_wanted = np.sum(hits.ids >= 0, axis=-1) if memory.config.mass else np.full(ids.shape[:-1], hits.ids.shape[-1])

@@ -5,11 +5,12 @@ attention function, which runs next, finds it there. This is the one file that k
 contracts.
 """
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from retrieval_attn.compat import (
     sdpa_mask,
 )
 from retrieval_attn.config import PREFILLS, RetrievalConfig
-from retrieval_attn.decode import StepClock, decode
+from retrieval_attn.decode import StepClock, decode, decode_block
+from retrieval_attn.far_index import Submit
 from retrieval_attn.host import require_safe_threads, set_threads
 from retrieval_attn.kernels import AttentionState, HeadPattern
 from retrieval_attn.memory import LayerMemory, LayerShape
@@ -34,7 +36,7 @@ from retrieval_attn.prefill import PrefillPolicy, prefill
 
 NAME = "retrieval"
 
-# Address space reserved when a model does not say how long its context may be.
+# Tokens for which address space is reserved at least: so far, nothing is ever copied as a context grows.
 DEFAULT_CAPACITY = 1 << 20
 
 
@@ -149,6 +151,7 @@ class RetrievalLayer(DynamicLayer):
         self.clock = StepClock()
         self.phase = "auto"
         self.before_decode: Callable[[], None] = lambda: None
+        self.submit: Submit | None = None
         self._capacity = capacity
         self._seen = 0  # tokens per row, padding included, as transformers counts them
         self._padding: Tensor | None = None  # (B, seen) bool, True = token; None while no row has padding
@@ -157,11 +160,12 @@ class RetrievalLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """One memory per sequence."""
         values = key_states if value_states is None else value_states
-        shape = LayerShape(
-            key_states.shape[1], key_states.shape[3], values.shape[3], key_states.dtype, self._capacity, self.n_layers
-        )
+        B, G, _, D = key_states.shape
+        shape = LayerShape(G, D, values.shape[3], key_states.dtype, self._capacity, self.n_layers, B)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.memories = [LayerMemory(self.config, shape) for _ in range(key_states.shape[0])]
+        self.memories = [LayerMemory(self.config, shape) for _ in range(B)]
+        for memory in self.memories:
+            memory.far_index.submit = self.submit
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -200,15 +204,18 @@ class RetrievalLayer(DynamicLayer):
     def _attend_one(
         self, memory: LayerMemory, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> AttentionState:
-        exact = self.phase == "prefill" or (self.phase == "auto" and query.shape[2] > 1)
         memory.scale = scale
-        if exact:
+        single = query.shape[2] == 1
+        if self.phase == "prefill" or (self.phase == "auto" and not single) or memory.length == 0:
             memory.forget_step()
             return prefill(query, keys, values, memory, scale, self.policy)
-        memory.append(query, keys, values)
+        if single:
+            memory.append(query, keys, values)
         if memory.wants_build():
             self.before_decode()
-        return decode(query, memory, scale, self.clock)
+        if single:
+            return decode(query, memory, scale, self.clock)
+        return decode_block(query, keys, values, memory, scale, self.clock)
 
     def _attend_rows(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scale: float
@@ -274,14 +281,21 @@ class RetrievalLayer(DynamicLayer):
         self.batch_select_indices(torch.arange(len(self.memories)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the named rows; a row named twice is copied, and its copy builds its own index."""
+        """Keep the named rows; a row named twice is forked."""
         chosen = indices.tolist() if indices.dtype != torch.bool else indices.nonzero()[:, 0].tolist()
         first_use = {old: new for new, old in reversed(list(enumerate(chosen)))}
         self.memories = [
-            self.memories[old] if first_use[old] == new else self.memories[old].copy() for new, old in enumerate(chosen)
+            self.memories[old] if first_use[old] == new else self.memories[old].fork() for new, old in enumerate(chosen)
         ]
         if self._padding is not None:
             self._padding = self._padding[chosen]
+
+    def fork(self) -> "RetrievalLayer":
+        """An independent layer with the same tokens; what neither changes is held once."""
+        twin = copy.copy(self)
+        twin.memories = [memory.fork() for memory in self.memories]
+        twin.policy, twin.clock = PrefillPolicy(self.config, self.policy.patterns), StepClock()
+        return twin
 
     def offload(self) -> None:
         """Nothing to do: tokens are in CPU memory already."""
@@ -300,7 +314,7 @@ class RetrievalCache(DynamicCache):
         model.generate(ids, past_key_values=cache)
 
     Several tokens at once attend exactly, or as `config.prefill` says; a single token retrieves, or is exact, too,
-    inside `exact()`. Not for use from two threads at once.
+    inside `exact()`; inside `retrieving()` several retrieve, too. Not for use from two threads at once.
 
     Raises ValueError for models whose attention cannot be served, by name.
     """
@@ -316,7 +330,8 @@ class RetrievalCache(DynamicCache):
         refuse_unserved(model_config)
         patterns = prefill_patterns(model_config, config) if patterns is None else patterns
         super().__init__(config=model_config)
-        capacity = _max_positions(model_config) or DEFAULT_CAPACITY
+        # More than a model was made for costs nothing until it is used, and its context may have been stretched.
+        capacity = max(_max_positions(model_config) or 0, DEFAULT_CAPACITY)
         # Exact type: subclasses are other kinds of layer.
         ours = [type(layer) is DynamicLayer for layer in self.layers]
         given = patterns if patterns is not None else [()] * len(ours)
@@ -331,10 +346,31 @@ class RetrievalCache(DynamicCache):
             )
         require_safe_threads()
         self.spoiled = False
+        self._own_threads()
+
+    def _own_threads(self) -> None:
+        """Let builds and appends run in threads that end with this cache."""
         self._cancelled = threading.Event()
+        # Its thread begins with the first append, and ends when nothing refers to the pool any more.
+        appends = ThreadPoolExecutor(1, "retrieval-append", initializer=_use_one_thread)
         this = weakref.ref(self)
         for layer in self.retrieval_layers:
             layer.before_decode = lambda: _start_builds(this)
+            layer.submit = appends.submit
+            for memory in layer.memories:
+                memory.far_index.submit = appends.submit
+
+    def fork(self) -> "RetrievalCache":
+        """An independent cache with the same tokens; what neither changes is held once, copy-on-write.
+
+        Waits for index builds that are under way. Both may go on, each in a thread of its own.
+        """
+        twin = copy.copy(self)
+        twin.layers = [
+            layer.fork() if isinstance(layer, RetrievalLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        twin._own_threads()
+        return twin
 
     @property
     def retrieval_layers(self) -> list[RetrievalLayer]:
@@ -346,11 +382,18 @@ class RetrievalCache(DynamicCache):
         """Every memory of every layer, in order of layers."""
         return [memory for layer in self.retrieval_layers for memory in layer.memories]
 
-    @contextmanager
-    def exact(self) -> Iterator[None]:
+    def exact(self) -> AbstractContextManager[None]:
         """Inside, every forward pass attends exactly, single tokens included: prefill of any chunk size."""
+        return self._in_phase("prefill")
+
+    def retrieving(self) -> AbstractContextManager[None]:
+        """Inside, every forward pass retrieves, several tokens at once included."""
+        return self._in_phase("retrieve")
+
+    @contextmanager
+    def _in_phase(self, phase: str) -> Iterator[None]:
         for layer in self.retrieval_layers:
-            layer.phase = "prefill"
+            layer.phase = phase
         try:
             yield
         finally:
@@ -365,14 +408,14 @@ class RetrievalCache(DynamicCache):
         waiting = [memory for memory in self.memories if memory.wants_build() or memory.outgrown()]
         if waiting:
             self._submit_builds(waiting)
-        return [memory.building for memory in self.memories if memory.building is not None]
+        return [memory.far_index.building for memory in self.memories if memory.far_index.building is not None]
 
     def _submit_builds(self, waiting: list[LayerMemory]) -> None:
         # An event of their own: those that were cancelled before stay cancelled.
         cancelled = self._cancelled = threading.Event()
         pool = ThreadPoolExecutor(1, "retrieval-build", initializer=self.use_threads)
         for memory in waiting:
-            memory.build_later(pool.submit, cancelled.is_set)
+            memory.far_index.build_later(pool.submit, memory.far(), memory.recipe(), cancelled.is_set)
         pool.shutdown(wait=False)
 
     def use_threads(self) -> None:
@@ -384,7 +427,7 @@ class RetrievalCache(DynamicCache):
         """Stop builds under way and those not begun; a later step starts them anew."""
         self._cancelled.set()
         for memory in self.memories:
-            memory.forget_build()
+            memory.far_index.forget_build()
 
     def crop(self, tokens: int) -> None:
         """Drop the last `-tokens` tokens of every layer, or of none if a layer cannot.
@@ -400,8 +443,6 @@ class RetrievalCache(DynamicCache):
         Never raises. If a sliding-window layer has let go of what it would need, the cache is `spoiled`, and refuses
         further use.
         """
-        for memory in self.memories:
-            memory.drop_failed_build()
         lengths = [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
         try:
             self._crop_to(min(lengths))
@@ -435,6 +476,10 @@ class RetrievalCache(DynamicCache):
         for layer in self.retrieval_layers:
             layer.clock = StepClock()
             layer.policy.reset()
+
+
+def _use_one_thread() -> None:
+    set_threads(1)
 
 
 def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:

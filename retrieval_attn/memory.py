@@ -1,28 +1,26 @@
 """One sequence in one layer: its host store, its window, the sample of its queries, and the index over what is far."""
 
-import logging
-from collections.abc import Callable
-from concurrent.futures import Future
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from retrieval_attn.build import BuiltIndex, QuerySample, build_far_index
+from retrieval_attn.build import QuerySample
 from retrieval_attn.choose import Choice, choose_index
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.far_index import Far, FarIndex, Recipe, n_covered
 from retrieval_attn.host import Array
 from retrieval_attn.index import Index
 from retrieval_attn.kernels import TailSummary
 from retrieval_attn.offload import HostStore
+from retrieval_attn.resident import Resident
 from retrieval_attn.window import Split, Window, split
-
-log = logging.getLogger("retrieval_attn")
 
 
 class LayerShape(NamedTuple):
-    """What a layer's memory looks like: KV heads, dimensions of a key and of a value, dtype, tokens reserved for; and
-    how many layers there are like it."""
+    """What a layer's memory looks like: KV heads, dimensions of a key and of a value, dtype, tokens reserved for; how
+    many layers there are like it, and how many sequences share the memory that the config grants."""
 
     kv_heads: int
     key_dim: int
@@ -30,36 +28,34 @@ class LayerShape(NamedTuple):
     dtype: torch.dtype
     capacity: int
     n_layers: int = 1
+    n_sequences: int = 1
 
 
 class LayerMemory:
     """Every token of one sequence in one layer, each either near or far, never both.
 
     The host store holds all tokens in order; the window holds copies of the near ones on the device; the index covers
-    the far ones and follows the boundary as tokens leave the window. Not safe for two threads, except that a background
-    build may run while tokens are appended.
+    the far ones and follows the boundary as tokens leave the window. Not safe for two threads, except that builds and
+    appends of the index run in the background.
     """
 
     def __init__(self, config: RetrievalConfig, shape: LayerShape) -> None:
         self.config = config
         self.shape = shape
-        self.store = HostStore(*shape[:5])
+        folder = None if config.kv_dir is None else Path(config.kv_dir)
+        self.store = HostStore(*shape[:5], int8=config.kv_dtype == "int8", folder=folder)
         self.window = Window(config.n_sink, config.n_local)
+        self.resident = Resident(0)
         self.sample = QuerySample(config.build_queries)
+        self.far_index = FarIndex(config)
         self.scale = shape.key_dim**-0.5
-        self.build_seconds = 0.0
-        self.build_fraction = 0.0
-        self.index_reason = ""
         self.steps = 0
         # What the last step found, where the next one begins, and how many keys it took; forgotten on crop.
         self.last_ids: Array | None = None
         self.reach: int | None = None
         # Chunks of the prompt for which no head is asked what it could leave out, and how many the next time.
         self.rest, self.next_rest = 0, 1
-        self._index: Index | None = None
-        self._tail: TailSummary | None = None
-        self._built_on = 0
-        self._building: Future[BuiltIndex] | None = None
+        self._most = _most_tokens(config, shape, self.store.bytes_per_token)
 
     @property
     def length(self) -> int:
@@ -72,30 +68,54 @@ class LayerMemory:
         return split(self.length, self.config.n_sink, self.config.n_local)
 
     def append(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Add n tokens: query (1, H, n, D), keys (1, G, n, D), values (1, G, n, Dv)."""
+        """Add n tokens: query (1, H, n, D), keys (1, G, n, D), values (1, G, n, Dv).
+
+        Raises MemoryError beyond what the config allows, OSError if the disk of `kv_dir` is full.
+        """
+        if self.length + keys.shape[2] > self._most:
+            raise MemoryError(self._too_many())
+        version = self.store.version
         self.sample.add(query)
         self.store.append(keys[0], values[0])
         self.window.append(keys, values)
+        if self.store.version != version:
+            self.far_index.drop()
+
+    def _too_many(self) -> str:
+        config = self.config
+        if config.max_tokens == self._most:
+            return f"the context has reached max_tokens={config.max_tokens}; raise it, or shorten the text"
+        return (
+            f"{self._most} tokens fill max_host_bytes={config.max_host_bytes}; raise it, use kv_dtype='int8', or "
+            "shorten the text"
+        )
+
+    def far(self) -> Far:
+        """The far tokens as stored; row i is token `split.sink_stop + i`."""
+        start, stop = self.split.sink_stop, self.split.far_stop
+        return Far(self.store.keys(start, stop), self.store.values(start, stop))
 
     def far_keys(self) -> Tensor:
-        """(G, n_far, D), in CPU memory; row i is token `split.sink_stop + i`."""
-        return self.store.keys(self.split.sink_stop, self.split.far_stop)
+        """(G, n_far, D), in CPU memory."""
+        return self.far().keys
 
     def far_values(self) -> Tensor:
         """(G, n_far, Dv), in CPU memory."""
-        return self.store.values(self.split.sink_stop, self.split.far_stop)
+        return self.far().values
 
     def wants_build(self) -> bool:
-        """Whether there are far tokens that no index covers and no build is under way for."""
-        return self._index is None and self._building is None and self.split.n_far > 0
+        """Whether there are far tokens that an index should cover, and there is none, nor a build under way."""
+        far_index = self.far_index
+        return far_index.if_built is None and far_index.building is None and n_covered(self.split.n_far) > 0
 
     def outgrown(self) -> bool:
         """Whether the index was built for another kind of context: far shorter, or too short for its kind."""
-        if self._index is None or self._building is not None:
+        index = self.far_index.if_built
+        if index is None or self.far_index.building is not None:
             return False
-        if self.split.n_far > 2 * self._built_on:
+        if self.split.n_far > 2 * self.far_index.built_on:
             return True
-        wanted, kind = self.choice().kind, self._index.kind
+        wanted, kind = self.choice().kind, index.kind
         # Left to choose, a kind once built stays: the memory it takes must not talk us out of it.
         return wanted != kind and (self.config.index != "auto" or kind == "exact" or wanted == "graph")
 
@@ -106,48 +126,20 @@ class LayerMemory:
             self.config, self.split.n_far, shape.n_layers, shape.kv_heads, shape.key_dim, steps=self.steps
         )
 
-    def build_later(self, submit: Callable[..., "Future[BuiltIndex]"], cancelled: Callable[[], bool]) -> None:
-        """Hand the build to another thread; the first search waits for it, and its failure surfaces there.
+    def recipe(self) -> Recipe:
+        """What an index of this moment is built from, besides the far tokens."""
+        return Recipe(self.choice(), self.store.folded(self.sample.queries()), self.scale)
 
-        Keys and queries are those of this moment: what the caller adds meanwhile is appended to the index later.
+    def index(self) -> Index | None:
+        """What a step searches, a snapshot over the first far keys; those after its `n_keys` are read exactly.
+
+        None while there are too few for an index. Built, waited for, or brought up to date as needed.
         """
-        self.build_fraction = 0.0
-        self._building = submit(build_far_index, *self._build_input(), cancelled, self._note_progress)
-
-    @property
-    def building(self) -> "Future[BuiltIndex] | None":
-        """The build that the next search will wait for, if there is one."""
-        return self._building
-
-    def forget_build(self) -> None:
-        """Give up a build that has not finished; the next search starts anew."""
-        if self._building is not None and not (self._building.done() and self._building.exception() is None):
-            self._building.cancel()
-            self._building = None
-
-    def drop_failed_build(self) -> None:
-        """Let go of a build that failed, with a word in the log; the next search starts anew."""
-        building = self._building
-        if building is not None and building.done() and (building.cancelled() or building.exception() is not None):
-            self._building = None
-            if not building.cancelled():
-                log.warning("an index build failed and will be repeated: %s", building.exception())
-
-    def index(self) -> Index:
-        """The index over exactly the far keys: built, waited for, or brought up to date as needed."""
-        if self._building is not None:
-            self._take_build(self._building)
-        if self._index is None:
-            self._adopt(build_far_index(*self._build_input()))
-        assert self._index is not None
-        self._follow_boundary(self._index)
-        return self._index
+        return self.far_index.for_step(self.far(), self.recipe)
 
     def tail(self) -> TailSummary:
-        """The summary of exactly the far keys and values; call `index` first."""
-        if self._tail is None:
-            self._tail = TailSummary(self.far_keys(), self.far_values())
-        return self._tail
+        """The summary of exactly the far keys and values that the last search covered."""
+        return self.far_index.tail(self.far())
 
     def crop(self, length: int) -> None:
         """Forget every token from `length` on, in store, window, sample and index; also what an interrupted `append`
@@ -155,61 +147,33 @@ class LayerMemory:
         """
         if max(self.length, self.window.length, self.sample.length) <= length:
             return
-        if self._building is not None:
-            try:
-                self._take_build(self._building)
-            except Exception as error:
-                log.warning("an index build failed and will be repeated: %s", error)
+        self.far_index.settle(self.far())
         self.forget_step()
         self.rest, self.next_rest = 0, 1
         # First what can be brought up to date from the store, should this be interrupted; the store after it.
-        self._crop_index(split(length, self.config.n_sink, self.config.n_local).n_far)
-        self.window.crop(length, self.store.keys(), self.store.values())
+        after = split(min(length, self.length), self.config.n_sink, self.config.n_local)
+        span = after.sink_stop, after.far_stop
+        self.far_index.truncate(Far(self.store.keys(*span), self.store.values(*span)))
+        self.window.crop(length, self.store.read)
+        self.resident.crop(length)
         self.store.crop(length)
         self.sample.crop(length)
-
-    def _crop_index(self, n_far: int) -> None:
-        tail, self._tail = self._tail, None
-        if tail is not None and n_far:
-            tail.truncate(n_far, self.far_keys(), self.far_values())
-            self._tail = tail
-        # Cut by more than half, an index no longer suits its keys: the next search builds a new one.
-        if self._index is not None and 2 * n_far < self._index.n_keys:
-            self._index = None
-        if self._index is not None and n_far < self._index.n_keys:
-            self._index.truncate(n_far)
 
     def forget_step(self) -> None:
         """Let the next step begin as if there had been none before it."""
         self.last_ids, self.reach = None, None
 
-    def _build_input(self) -> tuple[RetrievalConfig, Choice, Tensor, Tensor, Tensor, float]:
-        return self.config, self.choice(), self.far_keys(), self.far_values(), self.sample.queries(), self.scale
+    def fork(self) -> "LayerMemory":
+        """An independent memory with the same tokens and index; what neither changes is held once.
 
-    def _note_progress(self, fraction: float) -> None:
-        self.build_fraction = fraction
-
-    def _take_build(self, building: "Future[BuiltIndex]") -> None:
-        try:
-            built = building.result()
-        except Exception:
-            # A failed build is reported once, and begun anew; an interrupted wait must not lose the build.
-            self._building = None
-            raise
-        self._building = None
-        self._adopt(built)
-
-    def _adopt(self, built: BuiltIndex) -> None:
-        self._index, self._built_on, self.build_seconds = built.index, built.index.n_keys, built.seconds
-        self._tail, self.index_reason = built.tail, built.reason
-
-    def copy(self) -> "LayerMemory":
-        """An independent memory with the same tokens; it builds its own index."""
-        store = self.store
-        twin = LayerMemory(self.config, self.shape)
-        twin.store.append(store.keys(), store.values())
-        twin.window = self.window.copy()
-        twin.sample, twin.scale = self.sample.copy(), self.scale
+        Waits for a build that is under way.
+        """
+        twin = LayerMemory(self.config, self.shape._replace(capacity=1))
+        twin.shape = self.shape
+        twin.store, twin.window, twin.sample = self.store.fork(), self.window.copy(), self.sample.copy()
+        twin.scale, twin.steps = self.scale, self.steps
+        twin.far_index = self.far_index.fork(self.far(), twin.far())
+        twin.far_index.submit = self.far_index.submit
         return twin
 
     def refill(self, keys: Tensor, values: Tensor, sample: dict[str, Tensor], device: torch.device) -> None:
@@ -220,21 +184,12 @@ class LayerMemory:
 
     def adopt_index(self, index: Index, tail: TailSummary | None = None) -> None:
         """Use an index that was built over these far keys, and the summary that went with it."""
-        self._index, self._built_on, self._tail = index, index.n_keys, tail
-        self.index_reason = "restored"
+        self.far_index.adopt(index, tail, "restored")
 
-    @property
-    def index_if_built(self) -> Index | None:
-        """The index, if there is one already; never waits."""
-        return self._index
 
-    def _follow_boundary(self, index: Index) -> None:
-        indexed = index.n_keys
-        far = self.far_keys()
-        if indexed < far.shape[1]:
-            index.append(far[:, indexed:], keys=far)
-        if self._tail is not None and self._tail.length < far.shape[1]:
-            # Interrupted half-way, a summary is of no use: it is then made anew.
-            tail, self._tail = self._tail, None
-            tail.append(far[:, tail.length :], self.far_values()[:, tail.length :])
-            self._tail = tail
+def _most_tokens(config: RetrievalConfig, shape: LayerShape, bytes_per_token: int) -> int:
+    """Tokens that the config's hard limits allow."""
+    most = config.max_tokens or 1 << 60
+    if config.max_host_bytes is None:
+        return most
+    return min(most, config.max_host_bytes // (bytes_per_token * shape.n_layers * shape.n_sequences))

@@ -5,14 +5,18 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from retrieval_attn.break_even import LEAST, break_even
 from retrieval_attn.config import FEWEST_SPARSE, RetrievalConfig
 from retrieval_attn.kernels import AttentionState, HeadPattern, attend_adaptive, attend_dense, attend_patterns, merge
+from retrieval_attn.kernels.adaptive import Choice
 from retrieval_attn.kernels.patterns import DEFAULT_SIZES
 from retrieval_attn.kernels.sparse import why_not_sparse
 from retrieval_attn.memory import LayerMemory
+from retrieval_attn.resident import Resident
+from retrieval_attn.stream import earlier, heads_at_once, tokens_on_device, whole_heads
 
 log = logging.getLogger("retrieval_attn")
 
@@ -67,21 +71,38 @@ class PrefillPolicy:
         return memory.rest < 0
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, memory: LayerMemory) -> AttentionState:
-        """Sparse causal attention; shapes as in `attend_patterns`, keys and values those of `memory`."""
-        if self.config.prefill != "auto":
-            sizes = self.patterns or [DEFAULT_SIZES[self.config.prefill]] * query.shape[1]
-            self.kinds.update(pattern.kind for pattern in sizes)
-            self.n_read = None
-            return attend_patterns(query, keys, values, scale, sizes)
-        state, choices = attend_adaptive(query, keys, values, scale, self.config.prefill_mass)
+        """Sparse causal attention of the newest tokens, which are in `memory` already; shapes as in `prefill`.
+
+        As many KV heads at a time as the device has room for: a pattern may name any key.
+        """
+        G, T = keys.shape[1:3]
+        R, n = query.shape[1] // G, heads_at_once(memory, memory.length)
+        states, choices = [], []
+        for first in range(0, G, n):
+            heads, asking = slice(first, min(first + n, G)), slice(first * R, min(first + n, G) * R)
+            whole = whole_heads(memory, keys, values, heads)
+            if self.config.prefill == "auto":
+                state, chosen = attend_adaptive(query[:, asking], *whole, scale, self.config.prefill_mass)
+                choices += chosen
+            else:
+                sizes = self.patterns or [DEFAULT_SIZES[self.config.prefill]] * query.shape[1]
+                self.kinds.update(pattern.kind for pattern in sizes[asking])
+                self.n_read = None
+                state = attend_patterns(query[:, asking], *whole, scale, sizes[asking])
+            states.append(state)
+        if choices:
+            self._note(choices, T, memory)
+        outs, lses = zip(*states, strict=True)
+        return AttentionState(torch.cat(outs, dim=1), torch.cat(lses, dim=1))
+
+    def _note(self, choices: Sequence[Choice], T: int, memory: LayerMemory) -> None:
         self.kinds.update(choice.kind for choice in choices)
-        self._count(query.shape[2], keys.shape[2], [choice.density for choice in choices])
+        self._count(T, memory.length, [choice.density for choice in choices])
         # Asking costs up to a fifth of dense attention, and a layer that has no use for it mostly stays so.
         if all(choice.kind == "dense" for choice in choices):
             memory.rest, memory.next_rest = memory.next_rest, min(LONGEST_REST, 2 * memory.next_rest)
         else:
             memory.next_rest = 1
-        return state
 
     def note_dense(self, query: Tensor, memory: LayerMemory) -> None:
         """Count a chunk that was exact."""
@@ -110,39 +131,23 @@ def prefill(
     query (1, H, T, D), keys (1, G, T, D), values (1, G, T, Dv) of the T tokens after those in `memory`, on the model's
     device. Returns (1, H, T, Dv) and (1, H, T).
     """
+    start = memory.length
+    if start == 0:
+        memory.resident = Resident(tokens_on_device(memory.config, memory, query.device))
     if policy.wants_sparse(query, memory):
-        return policy.attend(query, *_append_and_bring(query, keys, values, memory), scale, memory)
-    state = _attend_exactly(query, keys, values, memory, scale)
-    memory.append(query, keys, values)
-    policy.note_dense(query, memory)
+        memory.append(query, keys, values)
+        state = policy.attend(query, keys, values, scale, memory)
+    else:
+        state = _attend_exactly(query, keys, values, memory, scale)
+        memory.append(query, keys, values)
+        policy.note_dense(query, memory)
+    memory.resident.append(start, keys, values)
     return state
 
 
 def _attend_exactly(query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory, scale: float) -> AttentionState:
-    """Earlier keys are read from CPU memory in tiles and merged, so the device holds no more than one tile of them."""
+    """Earlier keys come in tiles and are merged, so the device holds no more than two of them beside its budget."""
     state = attend_dense(query, keys, values, scale, causal=True)
-    for start in range(0, memory.length, memory.config.prefill_tile):
-        stop = min(memory.length, start + memory.config.prefill_tile)
-        tile_keys = memory.store.keys(start, stop)[None].to(query.device, non_blocking=True)
-        tile_values = memory.store.values(start, stop)[None].to(query.device, non_blocking=True)
+    for tile_keys, tile_values in earlier(memory, query.device):
         state = merge(state, attend_dense(query, tile_keys, tile_values, scale))
     return state
-
-
-def _append_and_bring(query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory) -> tuple[Tensor, Tensor]:
-    """All keys and values of the layer, new ones included, on the queries' device: a pattern may name any of them.
-
-    On a CPU they are views of the store. On a GPU one layer's are copied at a time, and let go of after it.
-    """
-    past = memory.length
-    if query.device.type == "cpu":
-        memory.append(query, keys, values)
-        return memory.store.keys()[None], memory.store.values()[None]
-    whole = []
-    for new, stored in ((keys, memory.store.keys()), (values, memory.store.values())):
-        there = new.new_empty((1, new.shape[1], past + new.shape[2], new.shape[3]))
-        there[0, :, :past].copy_(stored, non_blocking=True)
-        there[:, :, past:] = new
-        whole.append(there)
-    memory.append(query, keys, values)
-    return whole[0], whole[1]

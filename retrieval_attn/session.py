@@ -1,5 +1,6 @@
 """A conversation: token ids are its truth, and only what is new is run."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -85,6 +86,18 @@ class Session:
         asked = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
         return self._stream_turn(self.token_ids[: self._answer_start], asked, on_progress, sampling)
 
+    def fork(self) -> "Session":
+        """An independent session that goes on from here: what was read is shared, copy-on-write, and not read again.
+
+        So many questions can be asked of one document, none seeing the others. Waits for index builds that are under
+        way. Forks may go on in threads of their own.
+        """
+        self._mend()
+        twin = copy.copy(self)
+        twin.cache = self.cache.fork()
+        # Lists are replaced as a session goes on, never changed.
+        return twin
+
     def clear(self) -> None:
         """Forget the whole conversation."""
         self.cache.cancel_builds()
@@ -141,7 +154,7 @@ class Session:
         self._mend()
         request = self.llm.request(self.cache, on_progress, sampling)
         self.llm.encode(ids)
-        self.llm.plan(len(ids)).check(already=self._bytes_held())
+        self.llm.plan(len(ids) + request.sampling.max_new_tokens).check(already=self._bytes_held())
         keep = min(_common_prefix(ids, self._cached), len(ids) - 1)
         if keep < len(self._cached):
             self._go_back(keep)
@@ -149,7 +162,7 @@ class Session:
         return request
 
     def _bytes_held(self) -> int:
-        indexes = (memory.index_if_built for memory in self.cache.memories)
+        indexes = (memory.far_index.if_built for memory in self.cache.memories)
         stored = sum(memory.store.nbytes for memory in self.cache.memories)
         return stored + sum(index.nbytes for index in indexes if index is not None)
 

@@ -1,6 +1,7 @@
 """What stays near: the first `n_sink` and the last `n_local` tokens, on the device."""
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,8 +68,9 @@ class Window:
         self._keys.index_copy_(2, slots, keys.index_select(2, rows))
         self._values.index_copy_(2, slots, values.index_select(2, rows))
 
-    def crop(self, length: int, keys: Tensor, values: Tensor) -> None:
-        """Go back to `length` tokens; keys and values (G, >= length, D) are the stored ones, which refill the ring."""
+    def crop(self, length: int, read: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
+        """Go back to `length` tokens; the ring is refilled from what `read(start, stop)` gives: stored keys and values
+        (G, n, D) of those tokens."""
         if length >= self.length:
             return
         old_start = max(self._n_sink, self.length - self._n_local)
@@ -76,9 +78,9 @@ class Window:
         returning = list(range(new_start, min(old_start, length)))
         self.length = length
         if returning and self._keys is not None:
+            keys, values = read(new_start, new_start + len(returning))
             device = self._keys.device
-            span = slice(new_start, new_start + len(returning))
-            self.write(returning, keys[None, :, span].to(device), values[None, :, span].to(device), new_start)
+            self.write(returning, keys[None].to(device), values[None].to(device), new_start)
 
     def copy(self) -> "Window":
         """An independent copy."""

@@ -328,7 +328,7 @@ def test_read_prefills_with_a_bar_that_ends_at_100_percent(screen, tmp_path):
     assert "building index" in text
     assert "3/3" in text
     assert "961 tokens in" in text
-    assert all(memory.index_if_built is not None for memory in screen.chat.session.cache.memories)
+    assert all(memory.far_index.if_built is not None for memory in screen.chat.session.cache.memories)
     assert "(961 cached)" in screen.say("where is the cat?")[1]
 
 

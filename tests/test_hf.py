@@ -6,6 +6,7 @@ from tiny_models import MODELS, prompt_ids, tiny_config, tiny_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import retrieval_attn as ra
+from retrieval_attn.index import build_index
 from retrieval_attn.window import Split, split
 
 EVERYTHING = 1 << 20
@@ -268,15 +269,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="padding masks"):
             model(prompt_ids(4), attention_mask=torch.zeros(1, 1, 4, 4), past_key_values=cache)
 
-    def test_failed_build_surfaces(self, monkeypatch):
-        def broken(*args, **kwargs):
-            raise RuntimeError("the build broke")
-
-        monkeypatch.setattr("retrieval_attn.build.build_index", broken)
-        model = tiny_model("llama")
-        with pytest.raises(RuntimeError, match="the build broke"):
-            model.generate(prompt_ids(100), past_key_values=ra.RetrievalCache(model.config, small()), max_new_tokens=3)
-
 
 def test_kv_stays_16_bit_and_unchanged():
     """Law 5: what was offloaded is gathered back bit for bit."""
@@ -334,7 +326,7 @@ class TestInterruptions:
             model(ids, past_key_values=cache)
         cache.start_builds()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr("retrieval_attn.memory.LayerMemory._take_build", _raising(KeyboardInterrupt))
+            patched.setattr("retrieval_attn.far_index.FarIndex._take_build", _raising(KeyboardInterrupt))
             cache.crop(-100)
         cache.settle()
         cache.crop(200 - cache.get_seq_length())
@@ -375,28 +367,60 @@ def test_cache_with_a_model_of_another_attention_is_refused():
         model.generate(prompt_ids(100), past_key_values=ra.RetrievalCache(model.config, small()), max_new_tokens=3)
 
 
-def test_failed_build_is_begun_anew(monkeypatch):
-    model, ids = tiny_model("llama"), prompt_ids(200)
-    cache = ra.RetrievalCache(model.config, small())
-    with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache)
-        with monkeypatch.context() as patched:
-            patched.setattr("retrieval_attn.build.build_index", _raising(MemoryError("no room")))
+def failing_builds(monkeypatch, kind="graph"):
+    """Indexes of a kind cannot be built any more."""
+    build = build_index
+
+    def build_or_fail(wanted, *args, **kwargs):
+        if wanted == kind:
+            raise MemoryError("no room")
+        return build(wanted, *args, **kwargs)
+
+    monkeypatch.setattr("retrieval_attn.build.build_index", build_or_fail)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_build_that_fails_is_reported_and_keys_are_searched_exactly(monkeypatch, caplog, background):
+    """Of 250 far keys eight are read: those of the exact index, to the token."""
+    model, ids = tiny_model("llama"), prompt_ids(270)
+    expected = greedy(model, ids, ra.RetrievalCache(model.config, small("exact", top_k=8)))
+    with monkeypatch.context() as patched:
+        failing_builds(patched)
+        cache = ra.RetrievalCache(model.config, small("graph", top_k=8))
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=cache)
+        if background:
             for build in cache.start_builds():
                 assert isinstance(build.exception(), MemoryError)
-        with pytest.raises(MemoryError, match="no room"):
-            model(ids[:, -1:], past_key_values=cache)
-    cache.settle()
-    assert greedy(model, ids, cache) == greedy(tiny_model("llama", "sdpa"), ids)
+        assert greedy(model, ids, cache) == expected
+    assert "the graph index cannot be built (no room); all keys are searched exactly" in caplog.text
+    assert {memory.far_index.if_built.kind for memory in cache.memories} == {"exact"}
+    # The next request tries again.
+    for build in cache.start_builds():
+        build.result()
+    assert {memory.index().kind for memory in cache.memories} == {"graph"}
+
+
+def test_an_append_that_fails_is_reported_and_keys_are_searched_exactly(monkeypatch, caplog):
+    model, ids = tiny_model("llama"), prompt_ids(270)
+    config = small("scan", top_k=8)
+    expected = greedy(model, ids, ra.RetrievalCache(model.config, config), n=150)
+    monkeypatch.setattr("retrieval_attn.index.ScanIndex.append", _raising(MemoryError("no room")))
+    cache = ra.RetrievalCache(model.config, config)
+    answer = greedy(model, ids, cache, n=150)
+    # As far as no key became far that the index would have taken.
+    assert answer[:64] == expected[:64]
+    assert "the scan index cannot take new keys (no room)" in caplog.text
+    assert {memory.far_index.if_built.kind for memory in cache.memories} == {"exact"}
 
 
 def test_an_outgrown_index_is_built_anew():
     """Chat first, then a long text: the scan that served the short context must not serve the long one."""
     model = tiny_model("llama")
-    cache = ra.RetrievalCache(model.config, small("graph", exact_below=64))
+    cache = ra.RetrievalCache(model.config, small("graph", exact_below=200))
     kinds = []
     with torch.no_grad():
-        for length in (40, 400):
+        for length in (200, 400):
             model(prompt_ids(length), past_key_values=cache)
             cache.start_builds()
             kinds.append({memory.index().kind for memory in cache.memories})

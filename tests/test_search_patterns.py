@@ -206,7 +206,7 @@ def test_bad_texts_budgets_and_models_are_refused():
     llm = tiny_llm()
     for n, budget, reason in (
         (2047, None, "the text must have at least 2048 tokens, got 2047"),
-        (9000, None, "the model's maximum is 8192"),
+        (9000, None, "the maximum is 8192"),
         (4096, 511, "budget must be between 512 and 1024 .a quarter of the text., got 511"),
         (4096, 1025, "budget must be between 512 and 1024 .* got 1025"),
         (4096, 600.0, "budget must be between 512 and 1024 .* got 600.0"),

@@ -49,9 +49,8 @@ def test_window_holds_exactly_the_near_tokens(chunks, n_sink, n_local, crops):
         length += chunk
         assert tokens_in(window) == expected(length, n_sink, n_local)
         if 0 < crop < length:
-            stored = rows(0, length)[0]
             length -= crop
-            window.crop(length, stored, -stored)
+            window.crop(length, lambda start, stop: (rows(start, stop)[0], -rows(start, stop)[0]))
             assert tokens_in(window) == expected(length, n_sink, n_local)
 
 
