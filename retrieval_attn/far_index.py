@@ -123,13 +123,13 @@ class FarIndex:
             self._tail = TailSummary(far.keys[:, :n], far.values[:, :n])
         return self._tail
 
-    def build_later(self, submit: Submit, far: Far, recipe: Recipe, cancelled: Callable[[], bool]) -> None:
-        """Hand the build to another thread; the first search waits for it."""
+    def build_later(self, submit: Submit, far: Far, recipe: Recipe) -> None:
+        """Hand the build to another thread, which adds `cancelled` if it likes; the first search waits for it."""
         self.build_fraction, self._scale = 0.0, recipe.scale
         covered = far.before(n_covered(far.length))
         self._building = submit(
-            build_far_index, self.config, recipe.choice, *covered, recipe.queries, recipe.scale, cancelled,
-            self._note_progress,
+            build_far_index, self.config, recipe.choice, *covered, recipe.queries, recipe.scale,
+            progress=self._note_progress,
         )  # fmt: skip
 
     def forget_build(self) -> None:

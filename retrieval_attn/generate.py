@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +16,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.decode import StepClock
 from retrieval_attn.hf import RetrievalCache
-from retrieval_attn.prefill import EXACT_TAIL
+from retrieval_attn.memory import LayerMemory
+from retrieval_attn.prefill import EXACT_TAIL, PrefillPolicy
 
 REPORT_EVERY_S = 0.2
 
@@ -172,10 +173,9 @@ class Request:
         started = time.perf_counter()
         stats, cache = self.stats, self.cache
         stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
-        cache.use_threads()
         cache.reset_clocks()
         sample = Sampler(self.sampling, self.model.device)
-        n_most = min(self.sampling.max_new_tokens, longest_context(self.model.config) - len(ids))
+        n_room = longest_context(self.model.config, cache.config) - len(ids)
         try:
             token = sample(self._prefill(ids[stats.reused_tokens :]))
             stats.ttft_s = time.perf_counter() - started
@@ -183,7 +183,7 @@ class Request:
             while True:
                 stats.new_tokens += 1
                 stats.e2e_s = time.perf_counter() - started
-                stats.stop_reason = self._stop_reason(token, n_most)
+                stats.stop_reason = stop_reason(token, stats.new_tokens, self.sampling, self.stop_ids, n_room)
                 yield token
                 if stats.stop_reason:
                     return
@@ -191,28 +191,28 @@ class Request:
                 token = self._step(token, sample)
         finally:
             cache.settle()
-            self._summarise()
+            summarise(stats, cache, cache.memories, self.model.device)
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> None:
         """Prefill without answering, and begin the index builds; `ids` as in `tokens`."""
         stats, cache = self.stats, self.cache
         stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
-        cache.use_threads()
         cache.reset_clocks()
         try:
             self._prefill(ids[stats.reused_tokens :], want_logits=False)
             cache.start_builds()
         finally:
             cache.settle()
-            self._summarise()
+            summarise(stats, cache, cache.memories, self.model.device)
 
     def _prefill(self, ids: list[int], want_logits: bool = True) -> Tensor:
         """Run the missing tokens, chunk by chunk; returns the logits (1, V) of the last one, if wanted."""
         started, logits = time.perf_counter(), torch.empty(0)
         n, done = len(ids), 0
+        follows = self.stats.reused_tokens > 0 and self.cache.config.followup == "retrieve"
         self._on_progress(Progress("prefill", 0, n))
-        with self.cache.exact():
+        with self.cache.working(), self.cache.retrieving() if follows else self.cache.exact():
             for stop in chunk_ends(n, self.cache.config):
                 part = torch.tensor([ids[done:stop]], device=self.model.device)
                 if want_logits and stop == n:
@@ -230,12 +230,13 @@ class Request:
             started = time.perf_counter()
             follow_builds(self.cache, self._on_progress)
             self.stats.build_wait_s = time.perf_counter() - started
-            self.stats.build_s = sum(memory.build_seconds for memory in self.cache.memories)
+            self.stats.build_s = sum(memory.far_index.build_seconds for memory in self.cache.memories)
         return []
 
     def _step(self, token: int, sample: Sampler) -> int:
         started = time.perf_counter()
-        token = sample(self._forward(torch.tensor([[token]], device=self.model.device)))
+        with self.cache.working():
+            token = sample(self._forward(torch.tensor([[token]], device=self.model.device)))
         self.stats.itl_s.append(time.perf_counter() - started)
         return token
 
@@ -243,50 +244,57 @@ class Request:
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
-    def _stop_reason(self, token: int, n_most: int) -> str:
-        if token in self.stop_ids:
-            return "stop"
-        if self.stats.new_tokens < n_most:
-            return ""
-        return "length" if n_most == self.sampling.max_new_tokens else "context"
 
-    def _summarise(self) -> None:
-        stats, cache = self.stats, self.cache
-        clocks = [layer.clock for layer in cache.retrieval_layers]
-        for part in ("near", "search", "gather", "merge"):
-            setattr(stats, f"{part}_s", sum(getattr(clock, part) for clock in clocks))
-        far = sum(clock.far for clock in clocks)
-        stats.visited_fraction = sum(clock.visited for clock in clocks) / far if far else 0.0
-        if steps := sum(clock.steps for clock in clocks):
-            stats.keys_per_head = sum(clock.used for clock in clocks) / steps
-            stats.recovered_mass = sum(clock.recovered for clock in clocks) / steps
-        self._summarise_checks(clocks)
-        self._summarise_prefill()
-        stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
-        stats.host_kv_bytes = sum(memory.store.nbytes for memory in cache.memories)
-        stats.device_kv_bytes = sum(memory.window.nbytes for memory in cache.memories)
-        indexes = [index for memory in cache.memories if (index := memory.index_if_built) is not None]
-        stats.index_bytes = sum(index.nbytes for index in indexes)
-        stats.index = ", ".join(sorted({index.kind for index in indexes}))
-        stats.index_reason = "; ".join(sorted({memory.index_reason for memory in cache.memories} - {""}))
-        stats.rss_bytes = psutil.Process().memory_info().rss
-        if self.model.device.type == "cuda":
-            stats.peak_device_bytes = torch.cuda.max_memory_allocated(self.model.device)
+def stop_reason(token: int, n_new: int, sampling: Sampling, stop_ids: Container[int], n_room: int) -> str:
+    """Why an answer ends with `token`, its n_new-th: "stop", "length", or "context" if the model has room for no more
+    than `n_room` new tokens; empty if it goes on."""
+    if token in stop_ids:
+        return "stop"
+    if n_new >= sampling.max_new_tokens:
+        return "length"
+    return "context" if n_new >= n_room else ""
 
-    def _summarise_prefill(self) -> None:
-        policies = [layer.policy for layer in self.cache.retrieval_layers]
-        read = [policy.n_read for policy in policies if policy.n_read is not None]
-        if (visible := sum(policy.n_visible for policy in policies)) and len(read) == len(policies):
-            self.stats.prefill_read = sum(read) / visible
-        kinds = sum((policy.kinds for policy in policies), Counter())
-        self.stats.prefill_patterns = {kind: n / kinds.total() for kind, n in kinds.most_common()}
 
-    def _summarise_checks(self, clocks: Sequence[StepClock]) -> None:
-        n = self.stats.verified_steps = sum(clock.checks for clock in clocks)
-        if n:
-            for part in ("error", "recall", "mass"):
-                setattr(self.stats, f"verified_{part}", sum(getattr(clock, part) for clock in clocks) / n)
-            self.stats.verified_worst_error = max(clock.worst_error for clock in clocks)
+def summarise(
+    stats: GenerationStats, cache: RetrievalCache, memories: Sequence[LayerMemory], device: torch.device
+) -> None:
+    """Fill in what the cache's clocks measured, over all its sequences, and what `memories` hold."""
+    clocks = [layer.clock for layer in cache.retrieval_layers]
+    for part in ("near", "search", "gather", "merge"):
+        setattr(stats, f"{part}_s", sum(getattr(clock, part) for clock in clocks))
+    far = sum(clock.far for clock in clocks)
+    stats.visited_fraction = sum(clock.visited for clock in clocks) / far if far else 0.0
+    if steps := sum(clock.steps for clock in clocks):
+        stats.keys_per_head = sum(clock.used for clock in clocks) / steps
+        stats.recovered_mass = sum(clock.recovered for clock in clocks) / steps
+    _summarise_checks(stats, clocks)
+    _summarise_prefill(stats, [layer.policy for layer in cache.retrieval_layers])
+    stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
+    stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories)
+    stats.device_kv_bytes = sum(memory.window.nbytes for memory in memories)
+    indexes = [index for memory in memories if (index := memory.far_index.if_built) is not None]
+    stats.index_bytes = sum(index.nbytes for index in indexes)
+    stats.index = ", ".join(sorted({index.kind for index in indexes}))
+    stats.index_reason = "; ".join(sorted({memory.far_index.reason for memory in memories} - {""}))
+    stats.rss_bytes = psutil.Process().memory_info().rss
+    if device.type == "cuda":
+        stats.peak_device_bytes = torch.cuda.max_memory_allocated(device)
+
+
+def _summarise_prefill(stats: GenerationStats, policies: Sequence[PrefillPolicy]) -> None:
+    read = [policy.n_read for policy in policies if policy.n_read is not None]
+    if (visible := sum(policy.n_visible for policy in policies)) and len(read) == len(policies):
+        stats.prefill_read = sum(read) / visible
+    kinds = sum((policy.kinds for policy in policies), Counter())
+    stats.prefill_patterns = {kind: n / kinds.total() for kind, n in kinds.most_common()}
+
+
+def _summarise_checks(stats: GenerationStats, clocks: Sequence[StepClock]) -> None:
+    n = stats.verified_steps = sum(clock.checks for clock in clocks)
+    if n:
+        for part in ("error", "recall", "mass"):
+            setattr(stats, f"verified_{part}", sum(getattr(clock, part) for clock in clocks) / n)
+        stats.verified_worst_error = max(clock.worst_error for clock in clocks)
 
 
 def chunk_ends(n_tokens: int, config: RetrievalConfig) -> list[int]:
@@ -304,18 +312,18 @@ def chunk_ends(n_tokens: int, config: RetrievalConfig) -> list[int]:
 
 def follow_builds(cache: RetrievalCache, on_progress: OnProgress) -> None:
     """Wait for all indexes that are being built, reporting how far they are; raises the error of one that failed."""
-    building = [(memory, memory.building) for memory in cache.memories if memory.building is not None]
+    building = [(memory, build) for memory in cache.memories if (build := memory.far_index.building) is not None]
     if not building:
         return
     on_progress(Progress("build", 0, len(building)))
     for i, (memory, build) in enumerate(building):
         while not wait([build], timeout=REPORT_EVERY_S).done:
-            on_progress(Progress("build", i + memory.build_fraction, len(building)))
+            on_progress(Progress("build", i + memory.far_index.build_fraction, len(building)))
         memory.index()
         on_progress(Progress("build", i + 1, len(building)))
 
 
-def longest_context(model_config: Any) -> int:
-    """Tokens that the model was made for; effectively unbounded if it does not say."""
+def longest_context(model_config: Any, config: RetrievalConfig) -> int:
+    """Tokens that the model was made for, or fewer if the config says so; effectively unbounded if neither does."""
     text = model_config.get_text_config(decoder=True)
-    return getattr(text, "max_position_embeddings", None) or 1 << 60
+    return min(getattr(text, "max_position_embeddings", None) or 1 << 60, config.max_tokens or 1 << 60)

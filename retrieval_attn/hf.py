@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from retrieval_attn import cores
 from retrieval_attn.compat import (
     ALL_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -413,15 +414,23 @@ class RetrievalCache(DynamicCache):
     def _submit_builds(self, waiting: list[LayerMemory]) -> None:
         # An event of their own: those that were cancelled before stay cancelled.
         cancelled = self._cancelled = threading.Event()
-        pool = ThreadPoolExecutor(1, "retrieval-build", initializer=self.use_threads)
+        pool, threads = ThreadPoolExecutor(1, "retrieval-build"), self.config.threads
+
+        def build(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            with cores.build(threads) as adjust:
+                # Asked now and then, in the building thread.
+                return work(*args, cancelled=lambda: adjust() or cancelled.is_set(), **options)
+
+        def submit(*args: Any, **options: Any) -> "Future[Any]":
+            return pool.submit(build, *args, **options)
+
         for memory in waiting:
-            memory.far_index.build_later(pool.submit, memory.far(), memory.recipe(), cancelled.is_set)
+            memory.far_index.build_later(submit, memory.far(), memory.recipe())
         pool.shutdown(wait=False)
 
-    def use_threads(self) -> None:
-        """Apply `config.threads` to the calling thread: numba's setting is per thread."""
-        if self.config.threads is not None:
-            set_threads(self.config.threads)
+    def working(self) -> AbstractContextManager[None]:
+        """Inside, the calling thread uses `config.threads`, or half of them while indexes are built beside it."""
+        return cores.request(self.config.threads)
 
     def cancel_builds(self) -> None:
         """Stop builds under way and those not begun; a later step starts them anew."""

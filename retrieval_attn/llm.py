@@ -3,13 +3,14 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from retrieval_attn.batch import BatchRequest, is_batch, sampling_per_row, total_plan
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import Completion, OnProgress, Request, Sampling, longest_context
 from retrieval_attn.hf import NAME, RetrievalCache, prefill_patterns, refuse_unserved, register
@@ -18,6 +19,8 @@ from retrieval_attn.plan import MemoryPlan, plan_memory
 from retrieval_attn.session import Session
 
 Prompt = str | Tensor | Sequence[int] | Sequence[dict[str, str]]
+
+Batch = list[str] | list[Tensor] | list[list[int]] | list[list[dict[str, str]]] | list[Prompt]
 
 WEIGHTS = ("auto", "bf16", "int8", "int4")
 
@@ -47,8 +50,8 @@ class LLM:
 
     @property
     def max_tokens(self) -> int:
-        """The longest context, prompt and answer together, that the model was made for."""
-        return longest_context(self.model.config)
+        """The longest context, prompt and answer together, that model and config allow."""
+        return longest_context(self.model.config, self.config)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: a text as it stands, chat messages through the model's template, ids unchanged.
@@ -56,17 +59,24 @@ class LLM:
         Raises ValueError if it is empty or longer than the model's maximum, or messages are given to a model without
         a chat template.
         """
+        return self._encode_named(prompt, "the prompt")
+
+    def _encode_named(self, prompt: Prompt, name: str) -> list[int]:
+        if not isinstance(prompt, str | Tensor | Sequence) or is_batch(prompt):
+            raise ValueError(f"{name} must be a text, chat messages or token ids, got {_kind(prompt)}")
         ids = self._encode(prompt)
         if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
+            raise ValueError(f"{name} is empty; give at least one token")
         if len(ids) >= self.max_tokens:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, the model's maximum is {self.max_tokens} with at least one of them "
-                "for the answer; shorten the text"
+                f"{name} has {len(ids)} tokens, the maximum is {self.max_tokens} with at least one of them for the "
+                "answer; shorten the text"
             )
         vocabulary = self.model.get_input_embeddings().num_embeddings
         if not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise ValueError(f"token ids must be between 0 and {vocabulary - 1}, got {min(ids)} to {max(ids)}")
+            raise ValueError(
+                f"token ids must be between 0 and {vocabulary - 1}, got {min(ids)} to {max(ids)} in {name}"
+            )
         return ids
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -100,13 +110,39 @@ class LLM:
         """The memory that a context of `n_tokens` will take."""
         return plan_memory(self.model.config, n_tokens, self.model.dtype, self.config)
 
-    def generate(self, prompt: Prompt, *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
-        """Answer one prompt. Options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, seed=0.
+    @overload
+    def generate(self, prompt: Prompt, *, on_progress: OnProgress | None = ..., **sampling: Any) -> Completion: ...
 
-        Raises ValueError for an empty or too long prompt and bad options, MemoryError (before any work) if the machine
-        lacks the memory.
+    @overload
+    def generate(self, prompt: Batch, *, on_progress: OnProgress | None = ..., **sampling: Any) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: Prompt | Batch, *, on_progress: OnProgress | None = None, **sampling: Any
+    ) -> Completion | list[Completion]:
+        """Answer one prompt, or a list of prompts together, in order: a list of texts, of chats, or of lists of ids.
+
+        Options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, seed=0. In a list each prompt is answered as
+        it would be alone, with the same seed; `seed` may also be a list of one for each. Shorter prompts are padded to
+        the longest, so that those of like length go well together. (A model whose positions are scaled by the length
+        of the text, rope type "dynamic" or "longrope", scales all of them by the longest.) Token counts, bytes, index
+        and `stop_reason` in the stats are the prompt's own; seconds, and what steps found, are those of all together.
+
+        Raises ValueError for an empty or too long prompt (a list's are named by number, from 0) and bad options,
+        MemoryError (before any work) if the machine lacks the memory.
         """
-        return self.session().answer(self.encode(prompt), on_progress=on_progress, **sampling)
+        if is_batch(prompt):
+            return self._generate_batch(cast(Batch, prompt), on_progress, sampling)
+        return self.session().answer(self.encode(cast(Prompt, prompt)), on_progress=on_progress, **sampling)
+
+    def _generate_batch(
+        self, prompts: Batch, on_progress: OnProgress | None, options: dict[str, Any]
+    ) -> list[Completion]:
+        samplings = sampling_per_row(options, len(prompts))
+        ids = [self._encode_named(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        total_plan([self.plan(len(row)) for row in ids]).check()
+        request = BatchRequest(self.model, self.new_cache(), self.stop_ids(), on_progress)
+        rows = request.answer(ids, samplings)
+        return [Completion(self.decode(row.answer), row.answer, row.stats) for row in rows]
 
     def stream(self, prompt: Prompt, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; options as in `generate`."""
@@ -192,6 +228,11 @@ def _require_causal_lm(source: str) -> Any:
     if type(found) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{source!r} is not a causal language model (its type is {found.model_type!r})")
     return found
+
+
+def _kind(prompt: Any) -> str:
+    name = type(prompt).__name__
+    return f"{name} of {type(prompt[0]).__name__}" if is_batch(prompt) else name
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from retrieval_attn.far_index import Far, FarIndex, Recipe, n_covered
 from retrieval_attn.host import Array
 from retrieval_attn.index import Index
 from retrieval_attn.kernels import TailSummary
-from retrieval_attn.offload import HostStore
+from retrieval_attn.offload import Extent, HostStore
 from retrieval_attn.resident import Resident
 from retrieval_attn.window import Split, Window, split
 
@@ -176,15 +176,29 @@ class LayerMemory:
         twin.far_index.submit = self.far_index.submit
         return twin
 
-    def refill(self, keys: Tensor, values: Tensor, sample: dict[str, Tensor], device: torch.device) -> None:
-        """Fill an empty memory with stored tokens: keys (G, n, D), values (G, n, Dv), and `QuerySample.state`."""
-        self.store.append(keys, values)
-        self.window.append(keys[None].to(device), values[None].to(device))
-        self.sample.restore(sample)
+    def state(self) -> dict[str, Tensor]:
+        """What `adopt` needs besides keys and values, as tensors."""
+        counts = torch.tensor([self.far_index.built_on, self.steps])
+        return self.window.state() | self.sample.state() | self.store.scales() | {"memory_counts": counts}
 
-    def adopt_index(self, index: Index, tail: TailSummary | None = None) -> None:
-        """Use an index that was built over these far keys, and the summary that went with it."""
-        self.far_index.adopt(index, tail, "restored")
+    def adopt_index(self, index: Index, state: dict[str, Tensor]) -> None:
+        """Use the index that was saved with this memory, and with it the summary in `state`, if there is one."""
+        self.far_index.adopt(index, TailSummary.restore(state) if "tail_means" in state else None, "restored")
+        # When it is to be built anew is decided as if it had never been on disk.
+        self.far_index.built_on, self.steps = state["memory_counts"].tolist()
+
+    def adopt(
+        self, keys: Extent, values: Extent, n_tokens: int, state: dict[str, Tensor], device: torch.device
+    ) -> None:
+        """Become, empty so far, a memory of tokens that a file holds as stored; what the file holds is not read yet.
+
+        state: of the memory that was saved. Raises MemoryError beyond what the config allows.
+        """
+        if n_tokens > self._most:
+            raise MemoryError(self._too_many())
+        self.store.adopt(keys, values, n_tokens, state)
+        self.window.restore(n_tokens, state, device)
+        self.sample.restore(state)
 
 
 def _most_tokens(config: RetrievalConfig, shape: LayerShape, bytes_per_token: int) -> int:

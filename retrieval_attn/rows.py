@@ -1,5 +1,6 @@
 """Rows of keys or of values, one array for all KV heads of a layer, in pages that forks and files can share."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -52,7 +53,13 @@ class Rows:
             self._pages.covers = self._covers(length)
 
     def cover(self, file: OpenFile, offset: int, length: int) -> None:
-        """Let the first rows be those that a file holds as (G, length, D) from byte `offset` on, copy-on-write."""
+        """Let the first rows be those that a file holds as (G, length, D) from byte `offset` on, copy-on-write.
+
+        Where files cannot cover memory they are read.
+        """
+        if not CAN_COVER:
+            self._read(file, offset, length)
+            return
         for head, first in enumerate(self._starts()):
             begin = offset + head * length * self._row
             at = first // PAGE * PAGE
@@ -60,6 +67,12 @@ class Rows:
             if length:
                 self._pages.cover(Cover(at, file, begin - (first - at), n_bytes))
         self._shared = length
+
+    def _read(self, file: OpenFile, offset: int, length: int) -> None:
+        self.ensure(length)
+        for head, rows in enumerate(self.tensor[:, :length]):
+            raw = os.pread(file.descriptor, length * self._row, offset + head * length * self._row)
+            rows.copy_(torch.frombuffer(bytearray(raw), dtype=rows.dtype).view(rows.shape))
 
     def fork(self, length: int) -> "Rows":
         """Rows of their own that begin with the first `length` of these; what neither side changes is held once."""

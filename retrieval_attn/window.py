@@ -98,6 +98,22 @@ class Window:
         assert self._values is not None
         return self._values[:, :, : min(self.length, self._values.shape[2])]
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything but the length, as tensors, for `restore`."""
+        return {"window_keys": self.keys(), "window_values": self.values()}
+
+    def restore(self, length: int, state: dict[str, Tensor], device: torch.device) -> None:
+        """Become the window over `length` tokens whose `state` this is. Raises ValueError if it is of other sizes."""
+        kept = []
+        for rows in (state["window_keys"], state["window_values"]):
+            if rows.shape[2] != min(length, self._n_sink + self._n_local):
+                raise ValueError(f"the window must hold the near ones of {length} tokens, got {rows.shape[2]}")
+            whole = self._allocate(rows.to(device))
+            whole[:, :, : rows.shape[2]] = rows
+            kept.append(whole)
+        self._keys, self._values = kept
+        self.length = length
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""

@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What each file of the runtime may know of the runtime, in the order a request meets them.
-RUNTIME = ["host", "config", "patterns", "choose", "window", "offload", "build", "estimate", "memory", "decode"]
-RUNTIME += ["break_even", "prefill", "compat", "hf", "plan", "generate", "session", "saved", "llm"]
-RUNTIME += ["search_patterns", "chat", "cli"]
+RUNTIME = ["host", "cores", "config", "patterns", "choose", "window", "resident", "pages", "rows", "int8", "offload"]
+RUNTIME += ["build", "far_index", "memory", "stream", "estimate", "decode"]
+RUNTIME += ["break_even", "prefill", "compat", "hf", "plan_terms", "plan", "generate", "batch", "session"]
+RUNTIME += ["durable", "sealed", "manifest", "saved", "llm", "plan_report", "search_patterns", "chat", "cli"]
 
 # Imports inside a function that close a circle on purpose: the later file calls back into the earlier one's object.
 CALLBACKS = {("session", "saved"), ("llm", "saved")}
@@ -69,8 +70,8 @@ def test_runtime_points_down(path):
 def test_one_file_imports_faiss_and_few_know_transformers_caches():
     everywhere = [p for folder in ("index", "kernels", "retrieval_attn") for p in files(folder)]
     assert [p.name for p in everywhere if "faiss" in imports(p)] == ["ivf.py"]
-    # plan.py only asks which layers a model has.
-    assert {p.name for p in everywhere if "transformers.cache_utils" in imports(p)} <= {"hf.py", "plan.py"}
+    # plan_terms.py only asks which layers a model has.
+    assert {p.name for p in everywhere if "transformers.cache_utils" in imports(p)} <= {"hf.py", "plan_terms.py"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
-"""Sessions: many turns, nothing re-run, nothing lost, saved and restored."""
+"""Sessions: many turns, nothing re-run, nothing lost."""
 
-import dataclasses
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -148,81 +146,6 @@ def test_prompt_shorter_than_the_cache(llm):
     assert session.cache.get_seq_length() == len(ids) + 3
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("index", ["exact", "ivf", "graph"])
-def test_save_then_restore_gives_the_same_tokens(tmp_path, kind, index):
-    """Law 5. Few keys are retrieved, so that the restored index must find the same ones."""
-    config = ra.RetrievalConfig(index=index, top_k=8, n_sink=4, n_local=16, exact_below=0)
-    llm = ra.load(save_tiny_chat_model(tmp_path / "model", kind), config, dtype="float32")
-    session = llm.session("Be brief.")
-    session.ask(TEXT + "How many?", max_new_tokens=5)
-    session.save(tmp_path / "saved")
-    restored = llm.restore(tmp_path / "saved")
-    assert restored.messages == session.messages
-    ours, theirs = (s.ask("And now?", max_new_tokens=20) for s in (session, restored))
-    assert theirs.token_ids == ours.token_ids
-    assert theirs.stats.reused_tokens == ours.stats.reused_tokens > 0
-
-
-def test_save_replaces_an_older_session_and_nothing_else(llm, tmp_path):
-    session = llm.session()
-    session.ask("One", max_new_tokens=2)
-    session.save(tmp_path / "saved")
-    session.ask("Two", max_new_tokens=2)
-    session.save(tmp_path / "saved")
-    assert len(llm.restore(tmp_path / "saved").messages) == 4
-    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="not a saved session"):
-        session.save(tmp_path / "mine")
-
-
-class TestRestoreRefuses:
-    @pytest.fixture
-    def saved(self, llm, tmp_path):
-        session = llm.session()
-        session.ask(TEXT, max_new_tokens=3)
-        session.save(tmp_path / "saved")
-        return tmp_path / "saved"
-
-    def test_nothing_there(self, llm, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no saved session"):
-            llm.restore(tmp_path / "nothing")
-
-    def test_another_model(self, saved, tmp_path):
-        other = ra.load(save_tiny_chat_model(tmp_path / "other", "qwen2"), CONFIG, dtype="float32")
-        with pytest.raises(ValueError, match="another model"):
-            other.restore(saved)
-
-    def test_a_missing_file(self, llm, saved):
-        (saved / "layer-001.safetensors").unlink()
-        with pytest.raises(ValueError, match=r"incomplete: layer-001.safetensors is missing"):
-            llm.restore(saved)
-
-    def test_a_truncated_file(self, llm, saved):
-        path = saved / "layer-001.safetensors"
-        path.write_bytes(path.read_bytes()[:-10])
-        with pytest.raises(ValueError, match="damaged"):
-            llm.restore(saved)
-
-    def test_a_damaged_manifest(self, llm, saved):
-        (saved / "manifest.json").write_text("{")
-        with pytest.raises(ValueError, match="damaged"):
-            llm.restore(saved)
-
-    def test_other_options_that_decide_what_is_stored(self, saved, folder):
-        other = ra.load(folder, dataclasses.replace(CONFIG, n_local=17), dtype="float32")
-        with pytest.raises(ValueError, match="saved with n_local=16, but the model is loaded with 17"):
-            other.restore(saved)
-        assert ra.load(folder, dataclasses.replace(CONFIG, threads=1, top_k=5), dtype="float32").restore(saved)
-
-    def test_a_newer_format(self, llm, saved):
-        manifest = json.loads((saved / "manifest.json").read_text())
-        (saved / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-        with pytest.raises(ValueError, match="format 99"):
-            llm.restore(saved)
-
-
 def test_model_without_chat_template_continues_text(tmp_path):
     folder = save_tiny_chat_model(tmp_path / "plain", chat_template=None)
     llm = ra.load(folder, CONFIG, dtype="float32")
@@ -232,28 +155,6 @@ def test_model_without_chat_template_continues_text(tmp_path):
     assert session.token_ids[: len(llm.encode(TEXT)) + 4] == llm.encode(TEXT) + done.token_ids
     with pytest.raises(ValueError, match="no chat template"):
         llm.generate([{"role": "user", "content": "hello"}])
-
-
-def test_session_saved_after_an_interrupted_read_restores_its_own_cache(llm, tmp_path, monkeypatch):
-    """The cache then holds tokens that are not part of the conversation."""
-    session = llm.session()
-    session.ask("One?", max_new_tokens=3)
-    calls = []
-
-    def stop_late(progress):
-        calls.append(progress)
-        if progress.done >= 150:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        session.read(TEXT, on_progress=stop_late)
-    session.save(tmp_path / "saved")
-    restored = llm.restore(tmp_path / "saved")
-    question = "How many ships does the keeper count, and why? " * 3
-    ours, theirs = (s.ask(question, max_new_tokens=6) for s in (session, restored))
-    assert theirs.token_ids == ours.token_ids
-    assert theirs.stats.reused_tokens == ours.stats.reused_tokens
-    assert ours.token_ids == llm.generate(session.token_ids[:-6], max_new_tokens=6).token_ids
 
 
 def test_two_sessions_in_two_threads_give_what_they_give_alone(llm):
