@@ -452,9 +452,8 @@ class RetrievalCache(DynamicCache):
         Never raises. If a sliding-window layer has let go of what it would need, the cache is `spoiled`, and refuses
         further use.
         """
-        lengths = [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
         try:
-            self._crop_to(min(lengths))
+            self._crop_to(min(self._lengths()))
         except ValueError:
             self.spoiled = True
 
@@ -464,15 +463,22 @@ class RetrievalCache(DynamicCache):
             raise ValueError("an interrupted forward pass left this cache uneven; start a new cache and prefill")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def _lengths(self) -> list[int]:
+        """Tokens of every layer that counts them; recurrent layers do not."""
+        return [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
+
     def _crop_to(self, keep: int) -> None:
+        nothing_goes = keep >= max(self._lengths())
         for i, layer in enumerate(self.layers):
-            if not _can_crop(layer, keep):
+            if not _can_crop(layer, keep, nothing_goes):
                 raise ValueError(
                     f"layer {i} ({type(layer).__name__}) cannot go back to {keep} tokens; start a new cache and prefill"
                 )
         for layer in self.layers:
             if isinstance(layer, RetrievalLayer):
                 layer.keep(keep)
+                continue
+            if not hasattr(layer, "get_seq_length"):
                 continue
             # Recording layers drop what they recorded on every crop, so they are told even when nothing goes; others
             # are not, because before 5.14 a stock layer takes crop(0) for "drop everything".
@@ -497,9 +503,14 @@ def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:
         alive.start_builds()
 
 
-def _can_crop(layer: Any, keep: int) -> bool:
-    """Whether a layer can go back to `keep` tokens; stock sliding layers forget what left their window."""
-    if isinstance(layer, RetrievalLayer) or not layer.is_initialized or layer.get_seq_length() <= keep:
+def _can_crop(layer: Any, keep: int, nothing_goes: bool) -> bool:
+    """Whether a layer can go back to `keep` tokens; stock sliding layers forget what left their window, and recurrent
+    layers, which count no tokens, cannot go back at all."""
+    if isinstance(layer, RetrievalLayer):
+        return True
+    if not hasattr(layer, "get_seq_length"):
+        return nothing_goes
+    if not layer.is_initialized or layer.get_seq_length() <= keep:
         return True
     if getattr(layer, "is_sliding", False):
         return layer.get_seq_length() < layer.sliding_window or getattr(layer, "record_past", False)

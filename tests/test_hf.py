@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, prompt_ids, tiny_config, tiny_model
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tiny_models import COMMON, MODELS, prompt_ids, tiny_config, tiny_model
+from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import retrieval_attn as ra
 from retrieval_attn.index import build_index
@@ -365,6 +365,21 @@ def test_cache_with_a_model_of_another_attention_is_refused():
     model = tiny_model("llama", "sdpa")
     with pytest.raises(ValueError, match="must be loaded with attn_implementation='retrieval'"):
         model.generate(prompt_ids(100), past_key_values=ra.RetrievalCache(model.config, small()), max_new_tokens=3)
+
+
+def test_a_model_with_recurrent_layers_is_served_but_cannot_go_back():
+    config = Lfm2Config(**(COMMON | {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}))
+    torch.manual_seed(0)
+    model, ids = Lfm2ForCausalLM(config).eval(), prompt_ids(300)
+    model.set_attn_implementation("sdpa")
+    stock = greedy(model, ids)
+    model.set_attn_implementation("retrieval")
+    cache = ra.RetrievalCache(config, small())
+    assert greedy(model, ids, cache) == stock
+    cache.settle()
+    assert not cache.spoiled
+    with pytest.raises(ValueError, match=r"layer 0 \(LinearAttentionLayer\) cannot go back to"):
+        cache.crop(-5)
 
 
 def failing_builds(monkeypatch, kind="graph"):
