@@ -73,8 +73,7 @@ class Retrieving:
         self._layers = layers
         self._memories = [_twin(layer.memory, config) for layer in layers]
         for memory in self._memories:
-            if memory.split.n_far:
-                memory.index()
+            memory.index()
         self._build_seconds = sum(memory.far_index.build_seconds for memory in self._memories)
 
     def step(self, n: int, query: Tensor, layer: int) -> Step:
@@ -112,21 +111,22 @@ class Retrieving:
     def _selection(self, query: Tensor) -> tuple[Tensor, float]:
         """Which tokens (H, S) the step attends to, and how many of the best far ones its search found."""
         memory = self._memories[0]
-        split, config = memory.split, memory.config
+        split, config, index = memory.split, memory.config, memory.index()
         H, G = query.shape[1], memory.shape.kv_heads
         chosen = torch.ones((H, memory.length), dtype=torch.bool)
-        if split.n_far == 0:
+        if index is None:
             return chosen, 1.0
-        chosen[:, split.sink_stop : split.far_stop] = False
-        found = memory.index().search(query[0].float().cpu(), config.top_k, effort=config.effort).ids[:, 0]
+        # Of the far keys, the newest are read in any case.
+        chosen[:, split.sink_stop : split.sink_stop + index.n_keys] = False
+        found = index.search(query[0].float().cpu(), config.top_k, effort=config.effort).ids[:, 0]
         recalls = []
         for h in range(H):
             ids = torch.as_tensor(found[h][found[h] >= 0]).long()
             group = range(h // (H // G) * (H // G), (h // (H // G) + 1) * (H // G)) if config.share_group else [h]
             for other in group:
                 chosen[other, split.sink_stop + ids] = True
-            scores = memory.far_keys()[h // (H // G)].float() @ query[0, h, 0].float().cpu()
-            best = scores.topk(min(config.top_k, split.n_far)).indices
+            scores = memory.far_keys()[h // (H // G), : index.n_keys].float() @ query[0, h, 0].float().cpu()
+            best = scores.topk(min(config.top_k, index.n_keys)).indices
             recalls.append(float(torch.isin(best, ids).float().mean()))
         return chosen, sum(recalls) / H
 
@@ -290,7 +290,10 @@ def _fill_layer(options: Options, shape: LayerShape, context: int, i: int) -> tu
         "sample_counts": torch.tensor([size, stride, n_spread, context - n_recent, context]),
     }
     device = torch.device(options.device)
-    memory.refill(vectors.keys[:, :context], vectors.values[:, :context], sample, device)
+    keys, values = vectors.keys[:, :context], vectors.values[:, :context]
+    memory.store.append(keys, values)
+    memory.window.append(keys[None].to(device), values[None].to(device))
+    memory.sample.restore(sample)
     fresh = [x[None, :, context:].clone().to(device) for x in (vectors.keys, vectors.values)]
     return Layer(memory, vectors.queries[None].to(device), fresh[0], fresh[1]), vectors
 

@@ -104,9 +104,10 @@ class FarIndex:
         if self._index is None:
             self._build(covered, recipe())
         self._follow(covered)
-        if self.submit is not None and self._appending is None:
+        # Interrupted just after this, an append goes on that nobody waits for: then the index holds the batch already.
+        if self.submit is not None and self._index is not None and self._index.n_keys == n:
             new = far.before(n + BATCH)
-            self._appending = self.submit(self._index_of(n).append, new.after(n).keys, keys=new.keys)
+            self._appending = self._appending or self.submit(self._index.append, new.after(n).keys, keys=new.keys)
         return self._view
 
     def to_save(self, far: Far, recipe: Callable[[], Recipe]) -> Index | None:
@@ -181,11 +182,6 @@ class FarIndex:
             twin.built_on, twin._scale = self.built_on, self._scale
         return twin
 
-    def _index_of(self, n_keys: int) -> Index:
-        assert self._index is not None
-        assert self._index.n_keys == n_keys
-        return self._index
-
     def _build(self, far: Far, recipe: Recipe) -> None:
         choice, queries, self._scale = recipe
         try:
@@ -246,6 +242,9 @@ class FarIndex:
     def _search_exactly(self, far: Far, what: str, error: Exception) -> None:
         cause = f"{what} ({error or type(error).__name__})"
         log.warning("%s; all keys are searched exactly until the next request, which tries again", cause)
+        if far.length == 0:
+            self._index = self._view = self._tail = None
+            return
         exact = Choice("exact", cause)
         self._adopt(build_far_index(self.config, exact, *far, None, self._scale))
 

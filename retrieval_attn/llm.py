@@ -122,10 +122,11 @@ class LLM:
         """Answer one prompt, or a list of prompts together, in order: a list of texts, of chats, or of lists of ids.
 
         Options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, seed=0. In a list each prompt is answered as
-        it would be alone, with the same seed; `seed` may also be a list of one for each. Shorter prompts are padded to
-        the longest, so that those of like length go well together. (A model whose positions are scaled by the length
-        of the text, rope type "dynamic" or "longrope", scales all of them by the longest.) Token counts, bytes, index
-        and `stop_reason` in the stats are the prompt's own; seconds, and what steps found, are those of all together.
+        it would be alone, with the same seed; `seed` may also be a list of one for each. Two things differ: chunks of
+        a prompt end elsewhere, on which int8 scales and sparse prefill depend; and models that scale positions by the
+        length of the text (rope type "dynamic" or "longrope") scale all of them by the longest. Shorter prompts are
+        padded to the longest, so that those of like length go well together. Token counts, bytes, index and
+        `stop_reason` in the stats are the prompt's own; seconds, and what steps found, are those of all together.
 
         Raises ValueError for an empty or too long prompt (a list's are named by number, from 0) and bad options,
         MemoryError (before any work) if the machine lacks the memory.
