@@ -507,7 +507,9 @@ class Chat:
 
     def _sessions(self, rest: str) -> None:
         home = sessions_home()
-        found = sorted(path for path in home.iterdir() if is_session(path)) if home.is_dir() else []
+        # Hidden folders are what a save that was killed left behind.
+        folders = [path for path in home.iterdir() if not path.name.startswith(".")] if home.is_dir() else []
+        found = sorted(filter(is_session, folders))
         for folder in found:
             saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "manifest.json").stat().st_mtime))
             self._print(f"{folder.name:34}{size(_folder_bytes(folder)):>9}  {saved}")

@@ -40,7 +40,7 @@ class _Benchmarks(TyperGroup):
     """Imports a benchmark only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["kernels", "latency", "recall"]
+        return ["kernels", "latency", "long", "memory", "recall"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
@@ -72,7 +72,7 @@ def _option(text: str, *names: str, panel: str) -> Any:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-MODEL, RETRIEVAL, ANSWER = "Model", "Retrieval", "Answer"
+MODEL, RETRIEVAL, MEMORY, ANSWER = "Model", "Retrieval", "Memory", "Answer"
 Model = Annotated[str | None, _option("Folder or hub id (default: the embedded model)", "--model", "-m", panel=MODEL)]
 Device = Annotated[str, _option("auto, cpu, cuda, cuda:1 ...", "--device", panel=MODEL)]
 Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16", "--dtype", panel=MODEL)]
@@ -88,6 +88,18 @@ Prefill = Annotated[
     str | None, _option("dense, auto, a pattern, or a .json file (default: dense)", "--prefill", panel=RETRIEVAL)
 ]
 Threads = Annotated[int | None, _option("CPU threads (default: all cores)", "--threads", panel=RETRIEVAL)]
+Followup = Annotated[
+    str | None, _option("Later turns read all: exact, or retrieve (default: exact)", "--followup", panel=RETRIEVAL)
+]
+KvDtype = Annotated[str | None, _option("auto, or int8 to store keys and values in half", "--kv-dtype", panel=MEMORY)]
+KvDir = Annotated[str | None, _option("Folder for keys and values, on disk", "--kv-dir", panel=MEMORY)]
+DeviceKvBudget = Annotated[
+    str | None, _option("Keys and values that prefill keeps on the device, as 4g", "--device-kv-budget", panel=MEMORY)
+]
+MaxTokens = Annotated[int | None, _option("Longest context (default: the model's)", "--max-tokens", panel=MEMORY)]
+MaxHostBytes = Annotated[
+    str | None, _option("Most keys and values on the host, as 16g", "--max-host-bytes", panel=MEMORY)
+]
 MaxNewTokens = Annotated[int, _option("Longest answer (default: 512)", "--max-new-tokens", "-n", panel=ANSWER)]
 Temperature = Annotated[float, _option("0 takes the likeliest token (default: 0)", "--temperature", panel=ANSWER)]
 TopP = Annotated[float, _option("Draw from this share of probability (default: 1)", "--top-p", panel=ANSWER)]
@@ -131,7 +143,13 @@ def chat(
     n_sink: NSink = None,
     n_local: NLocal = None,
     prefill: Prefill = None,
+    followup: Followup = None,
     threads: Threads = None,
+    kv_dtype: KvDtype = None,
+    kv_dir: KvDir = None,
+    device_kv_budget: DeviceKvBudget = None,
+    max_tokens: MaxTokens = None,
+    max_host_bytes: MaxHostBytes = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
@@ -146,7 +164,9 @@ def chat(
     """
     config = _config(
         index=index, top_k=top_k, estimator=estimator, mass=mass, verify_every=verify_every, n_sink=n_sink,
-        n_local=n_local, prefill=prefill, threads=threads, seed=seed,
+        n_local=n_local, prefill=prefill, followup=followup, threads=threads, kv_dtype=kv_dtype, kv_dir=kv_dir,
+        device_kv_budget=parse_bytes(device_kv_budget, "--device-kv-budget"), max_tokens=max_tokens,
+        max_host_bytes=parse_bytes(max_host_bytes, "--max-host-bytes"), seed=seed,
     )  # fmt: skip
     texts = _texts(file)
     folder = session_folder(session) if session is not None else None
@@ -206,7 +226,13 @@ def generate(
     n_sink: NSink = None,
     n_local: NLocal = None,
     prefill: Prefill = None,
+    followup: Followup = None,
     threads: Threads = None,
+    kv_dtype: KvDtype = None,
+    kv_dir: KvDir = None,
+    device_kv_budget: DeviceKvBudget = None,
+    max_tokens: MaxTokens = None,
+    max_host_bytes: MaxHostBytes = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
@@ -218,7 +244,9 @@ def generate(
     """Answer one prompt. Only the answer goes to standard output."""
     config = _config(
         index=index, top_k=top_k, estimator=estimator, mass=mass, verify_every=verify_every, n_sink=n_sink,
-        n_local=n_local, prefill=prefill, threads=threads, seed=seed,
+        n_local=n_local, prefill=prefill, followup=followup, threads=threads, kv_dtype=kv_dtype, kv_dir=kv_dir,
+        device_kv_budget=parse_bytes(device_kv_budget, "--device-kv-budget"), max_tokens=max_tokens,
+        max_host_bytes=parse_bytes(max_host_bytes, "--max-host-bytes"), seed=seed,
     )  # fmt: skip
     text = _prompt(prompt, _texts(file))
     notes = Console(stderr=True)
@@ -256,6 +284,53 @@ def demo(
         _quiet_transformers()
         from retrieval_attn.bench.demo import run_demo
     raise typer.Exit(run_demo(tokens, questions, seed, console, prefill))
+
+
+@app.command()
+def estimate(
+    context: Annotated[str, typer.Option("--context", "-c", help="Token counts; k = 1024, m = 1024 k.")] = "128k,1m",
+    as_json: Annotated[bool, typer.Option("--json", help="Print every term of every phase as JSON.")] = False,
+    device_memory: Annotated[
+        str | None, _option("Of the device, as 24g or 16000m (default: what is free)", "--device-memory", panel=MODEL)
+    ] = None,
+    kv_dtype: KvDtype = None,
+    kv_dir: KvDir = None,
+    device_kv_budget: DeviceKvBudget = None,
+    model: Model = None,
+    index: Index = None,
+    top_k: TopK = None,
+    estimator: Estimator = None,
+    n_sink: NSink = None,
+    n_local: NLocal = None,
+    prefill: Prefill = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    weights: Weights = "auto",
+) -> None:
+    """Print the memory that contexts will take, phase by phase, without loading the model's weights.
+
+    The device may be one that this machine lacks: --device cuda --device-memory 24g.
+    """
+    from retrieval_attn.bench.latency_options import parse_contexts
+
+    contexts = parse_contexts(context)
+    with _waiting(Console(stderr=True), f"planning for {model or 'the embedded model'}"):
+        _quiet_transformers()
+        from retrieval_attn.plan_report import as_lines, as_table, estimate_memory
+
+        config = _config(
+            index=index, top_k=top_k, estimator=estimator, n_sink=n_sink, n_local=n_local, prefill=prefill,
+            kv_dtype=kv_dtype, kv_dir=kv_dir, device_kv_budget=parse_bytes(device_kv_budget, "--device-kv-budget"),
+        )  # fmt: skip
+        memory = parse_bytes(device_memory, "--device-memory")
+        found = estimate_memory(
+            model, contexts, config, device=device, dtype=dtype, weights=weights, device_memory=memory
+        )
+    if as_json:
+        print(json.dumps([one.as_dict() for one in found]))
+        return
+    Console().print(as_table(found))
+    print("\n".join(line for one in found for line in as_lines(one)))
 
 
 @app.command("search-patterns")
@@ -331,6 +406,23 @@ def _prompt(prompt: str | None, texts: dict[str, str]) -> str:
     if not text.strip():
         raise ValueError("the prompt is empty; say something")
     return text
+
+
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_bytes(text: str | None, flag: str) -> int | None:
+    """A number of bytes such as "24g", "1.5g", "800m" or "0", with units of 1024; None stays None."""
+    if text is None:
+        return None
+    unit = _UNITS.get(text[-1:].lower(), 1)
+    try:
+        n_bytes = int(float(text[:-1] if unit > 1 else text) * unit)
+    except (ValueError, OverflowError):
+        n_bytes = -1
+    if n_bytes < 0:
+        raise ValueError(f"{flag} must be bytes such as 24g, 1.5g or 800m, got {text!r}")
+    return n_bytes
 
 
 def _config(**options: Any) -> RetrievalConfig:

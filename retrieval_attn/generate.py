@@ -17,6 +17,7 @@ from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.decode import StepClock
 from retrieval_attn.hf import RetrievalCache
 from retrieval_attn.memory import LayerMemory
+from retrieval_attn.plan_terms import ModelShape, stored_kv
 from retrieval_attn.prefill import EXACT_TAIL, PrefillPolicy
 
 REPORT_EVERY_S = 0.2
@@ -175,7 +176,7 @@ class Request:
         stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
         cache.reset_clocks()
         sample = Sampler(self.sampling, self.model.device)
-        n_room = longest_context(self.model.config, cache.config) - len(ids)
+        n_room = longest_context(self.model.config, cache.config, self.model.dtype) - len(ids)
         try:
             token = sample(self._prefill(ids[stats.reused_tokens :]))
             stats.ttft_s = time.perf_counter() - started
@@ -323,7 +324,13 @@ def follow_builds(cache: RetrievalCache, on_progress: OnProgress) -> None:
         on_progress(Progress("build", i + 1, len(building)))
 
 
-def longest_context(model_config: Any, config: RetrievalConfig) -> int:
-    """Tokens that the model was made for, or fewer if the config says so; effectively unbounded if neither does."""
+def longest_context(model_config: Any, config: RetrievalConfig, dtype: torch.dtype) -> int:
+    """Tokens that the model was made for, or fewer if the config's limits say so; effectively unbounded if none does.
+
+    dtype: of the model's numbers, by which its keys and values are counted.
+    """
     text = model_config.get_text_config(decoder=True)
-    return min(getattr(text, "max_position_embeddings", None) or 1 << 60, config.max_tokens or 1 << 60)
+    most = min(getattr(text, "max_position_embeddings", None) or 1 << 60, config.max_tokens or 1 << 60)
+    if config.max_host_bytes is None:
+        return most
+    return min(most, config.max_host_bytes // stored_kv(ModelShape.of(model_config, dtype), 1, config))

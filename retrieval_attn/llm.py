@@ -51,7 +51,7 @@ class LLM:
     @property
     def max_tokens(self) -> int:
         """The longest context, prompt and answer together, that model and config allow."""
-        return longest_context(self.model.config, self.config)
+        return longest_context(self.model.config, self.config, self.model.dtype)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: a text as it stands, chat messages through the model's template, ids unchanged.

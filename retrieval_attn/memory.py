@@ -42,7 +42,7 @@ class LayerMemory:
     def __init__(self, config: RetrievalConfig, shape: LayerShape) -> None:
         self.config = config
         self.shape = shape
-        folder = None if config.kv_dir is None else Path(config.kv_dir)
+        folder = None if config.kv_dir is None else Path(config.kv_dir).expanduser()
         self.store = HostStore(*shape[:5], int8=config.kv_dtype == "int8", folder=folder)
         self.window = Window(config.n_sink, config.n_local)
         self.resident = Resident(0)

@@ -211,6 +211,13 @@ class TestLimits:
         done = llm.generate("x" * 90, max_new_tokens=50)
         assert (done.stats.stop_reason, len(done.token_ids)) == ("context", 10)
 
+    def test_max_host_bytes_limits_them_too(self, folders):
+        per_token = 3 * 2 * 2 * 16 * 4
+        llm = ra.load(folders("llama"), small(max_host_bytes=100 * per_token), dtype="float32")
+        with pytest.raises(ValueError, match="the maximum is 100"):
+            llm.generate(TEXT)
+        assert llm.generate("x" * 90, max_new_tokens=50).stats.stop_reason == "context"
+
     def test_a_cache_keeps_to_its_limits_midway_and_stays_usable(self):
         ra.register()
         model, ids = tiny_model("llama"), prompt_ids(300)
