@@ -198,7 +198,7 @@ def load(
     if Path(source).expanduser().is_dir():
         source = str(Path(source).expanduser())
     # What a file of patterns has wrong is found out before the weights are read.
-    patterns = prefill_patterns(_require_causal_lm(source), config)
+    patterns = prefill_patterns(require_causal_lm(source), config)
     register()
     chosen = _choose_device(device)
     if config.threads is not None:
@@ -214,7 +214,7 @@ def load(
     return LLM(loaded.eval(), tokenizer, config, patterns)
 
 
-def _require_causal_lm(source: str) -> Any:
+def require_causal_lm(source: str) -> Any:
     looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
     if not Path(source).expanduser().is_dir() and looks_local:
         raise FileNotFoundError(

@@ -134,7 +134,8 @@ class _Held:
     n_tokens: int
     n_far: int
     kind: str
-    text: int
+    ids: int
+    tokenizer: int
     kv: int
     pages: int
     sample: int
@@ -151,7 +152,8 @@ class _Held:
             n_tokens=n_tokens,
             n_far=n_far,
             kind=kind,
-            text=n_tokens * terms.TEXT_BYTES,
+            ids=n_tokens * terms.TOKEN_ID,
+            tokenizer=terms.kept_by_heap(n_tokens * terms.TOKENIZING),
             kv=0 if on_disk else terms.stored_kv(shape, n_tokens, config),
             pages=0 if on_disk else terms.unused_pages(shape),
             sample=terms.query_sample(shape, config),
@@ -171,7 +173,8 @@ def _on_host(
     mapped = 0 if on_cpu and base.checkpoint == base.weights else base.checkpoint
     stored = {
         **start,
-        "text": held.text,
+        "token ids": held.ids,
+        "kept from tokenizing": held.tokenizer,
         "keys and values": held.kv,
         "unused parts of pages": held.pages,
         "query sample": held.sample,
@@ -183,7 +186,7 @@ def _on_host(
     decoded = {"decoded tile": terms.decoded_tile(shape, held.n_tokens, config)}
     staging = {} if on_cpu else {"pinned staging": terms.tiles(shape, held.n_tokens, config)}
     scratch = terms.build_scratch(shape, held.kind, held.n_far, config)
-    indexed["freed, kept by the heap"] = terms.kept_by_heap(scratch)
+    indexed["kept from building"] = terms.kept_by_heap(scratch)
     return {
         "load": {**start, "checkpoint": mapped},
         "prefill": {**stored, **forward, **decoded, **staging},

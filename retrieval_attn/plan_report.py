@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import Request, Sampling, longest_context
 from retrieval_attn.hf import NAME, RetrievalCache, prefill_patterns, register
-from retrieval_attn.llm import DTYPES, EMBEDDED, WEIGHTS, _require_causal_lm
+from retrieval_attn.llm import DTYPES, EMBEDDED, WEIGHTS, require_causal_lm
 from retrieval_attn.pages import OUT_OF_MEMORY
 from retrieval_attn.plan import GIB, Base, Phase, Target, plan_phases
 
@@ -100,7 +100,7 @@ def estimate_memory(
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    found = _require_causal_lm(str(EMBEDDED if model is None else Path(model).expanduser()))
+    found = require_causal_lm(str(EMBEDDED if model is None else Path(model).expanduser()))
     prefill_patterns(found, config)
     stored = _stored_dtype(found)
     numbers = _wanted_dtype(dtype, weights, stored)

@@ -22,10 +22,12 @@ from retrieval_attn.kernels.tail import MOST_PAGES
 
 FLOAT32 = 4
 
-# What a text leaves in the heap, per token: the tokenizer keeps a string, offsets and flags for every token, and two
-# places for every character; freed, they stay with the process. Measured alone, on prose of 4.5 characters a token:
-# 743 bytes at 58K tokens, 724 at 231K.
-TEXT_BYTES = 725
+# A token id in Python: a number of 32 bytes, and a place of 8 in each of the four lists that a session keeps.
+TOKEN_ID = 64
+
+# What the tokenizer takes per token while it reads: a string, offsets and flags, and two places for every character.
+# Measured alone, on prose of 4.5 characters a token: 743 bytes at 58K tokens, 724 at 231K.
+TOKENIZING = 725
 
 # What CUDA itself takes on a device before the first tensor: an assumption, 0.3 to 0.6 GiB by driver and card.
 CUDA_CONTEXT = 2**29
@@ -33,8 +35,9 @@ CUDA_CONTEXT = 2**29
 # Leaves whose means `index.graph_links` takes at once.
 LEAVES_AT_ONCE = 1 << 15
 
-# Above this, glibc asks the system for each block by itself, and gives it back when it is freed.
-HEAP_KEEPS = 32 << 20
+# Freed memory that glibc keeps: in the heap of the main thread up to its trim threshold (at most twice the largest
+# block that it does not map by itself, 32 MiB), and in that of another thread up to the size of one such heap.
+HEAP_KEEPS = 64 << 20
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -180,9 +183,9 @@ def _graph_scratch(n_far: int, dim: int) -> int:
     return 2 * head + max(grow, link)
 
 
-def kept_by_heap(scratch: int) -> int:
-    """Of scratch that was freed, head after head and layer after layer, what the C library keeps for later."""
-    return min(scratch, HEAP_KEEPS)
+def kept_by_heap(freed: int) -> int:
+    """Of memory that was taken in many pieces and freed, what the C library keeps for later, at most."""
+    return min(freed, HEAP_KEEPS)
 
 
 def activations(shape: ModelShape, n_new: int) -> int:

@@ -176,8 +176,8 @@ def test_every_phase_has_what_it_needs():
     assert phases["build"].host > phases["prefill"].host
     growth = phases["decode"].host - phases_of(base=base, n_tokens=M // 2)["decode"].host
     rows = 32 * 8 * (M // 2)
-    # Beside keys, values and the index there is the text, and the copy of one layer's index.
-    assert growth == pytest.approx(rows * (512 + bytes_per_key("scan", 128) * 33 / 32) + 725 * M // 2)
+    # Beside keys, values and the index there are token ids, and the copy of one layer's index.
+    assert growth == pytest.approx(rows * (512 + bytes_per_key("scan", 128) * 33 / 32) + 64 * M // 2)
 
 
 # The check before any work
