@@ -1,8 +1,9 @@
 """Everything that wants a GPU, in one command: `python bench/gpu_check.py`.
 
-Correctness of every kernel against its definition, times of prefill beside dense attention, prefill of a model of the
-shape of Llama 3 8B; rows go to bench/results/. It always ends: each part has its share of --minutes, and what does not
-fit is skipped by name. `--dry-run` goes the same way on a CPU, with tiny shapes and numbers that mean nothing.
+Correctness of every kernel and of streamed prefill; a model of the shape of Llama 3 8B with 128K and 512K tokens in 24
+and 16 GiB, and its prefill without a cap; times of prefill beside dense attention. Rows go to bench/results/. It always
+ends: each part has its share of --minutes, and what does not fit is skipped by name. `--dry-run` goes the same way on a
+CPU, with tiny shapes and numbers that mean nothing.
 """
 
 import argparse
@@ -58,8 +59,8 @@ def _leave_folder() -> None:
 
 def _without_device(minutes: float) -> str:
     return (
-        "no CUDA device here: this would check every Triton kernel, time prefill from 8K to 1M tokens and read 32K and "
-        f"128K tokens with a random 8B model, in {minutes:g} minutes; --dry-run rehearses on the CPU"
+        "no CUDA device here: this would check every Triton kernel, hold a random 8B model with 128K and 512K tokens "
+        f"in 24 GiB, and time prefill from 8K to 1M tokens, in {minutes:g} minutes; --dry-run rehearses on the CPU"
     )
 
 

@@ -22,7 +22,7 @@ METHODS = ("stock", "dense", "auto", "vertical_slash")
 # The shape of Llama 3 8B.
 LLAMA_8B = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 18, "rope_theta": 500_000.0,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 20, "rope_theta": 500_000.0,
 }  # fmt: skip
 
 # Share of the peak that a prefill is taken to reach, to foresee how long one takes.
@@ -51,7 +51,7 @@ def measure_model(
     retrieval_attn.register()
     warm = random_ids(model, min(lengths) // 4)
     for length in lengths:
-        expected = flops(model.config, length) / (_EFFICIENCY * peak)
+        expected = prefill_seconds(model.config, length, peak)
         for method in METHODS:
             row: Row = {"part": "end to end", "context": length, "method": method, "status": "failed", "reason": None}
             row |= dict.fromkeys(("prefill_s", "tokens_per_s", "peak_device_bytes", "read", "patterns"))
@@ -65,12 +65,21 @@ def measure_model(
             yield row
 
 
-def flops(config: LlamaConfig, n_tokens: int) -> float:
-    """Of a dense prefill: two per weight and token, four per dimension of a head and pair of tokens."""
+def prefill_seconds(config: LlamaConfig, n_tokens: int, peak: float, most_keys: int | None = None) -> float:
+    """About how long a prefill takes; peak: operations per second that the device can do, most_keys: as in `flops`."""
+    return flops(config, n_tokens, most_keys) / (_EFFICIENCY * peak)
+
+
+def flops(config: LlamaConfig, n_tokens: int, most_keys: int | None = None) -> float:
+    """Of a prefill: two per weight and token, four per dimension of a head and pair of tokens.
+
+    most_keys: that a token attends to, if its attention is sparse.
+    """
     dim = config.hidden_size // config.num_attention_heads
     kv = 2 * config.num_key_value_heads * dim
     weights = config.hidden_size * (2 * config.hidden_size + kv + 3 * config.intermediate_size)
-    pairs = config.num_attention_heads * n_tokens * (n_tokens + 1) / 2
+    full = min(n_tokens, most_keys or n_tokens)
+    pairs = config.num_attention_heads * (full * (full + 1) / 2 + (n_tokens - full) * full)
     return float(config.num_hidden_layers * (2 * weights * n_tokens + 4 * dim * pairs))
 
 
@@ -95,8 +104,8 @@ def _run(model: LlamaForCausalLM, method: str, ids: Tensor, device: str, row: Ro
         policies = [layer.policy for layer in cache.retrieval_layers]
         visible = sum(policy.n_visible for policy in policies)
         # With sizes that are given nobody counts.
-        counted = visible and method in ("dense", "auto")
-        row["read"] = sum(policy.n_read for policy in policies) / visible if counted else None
+        read = [policy.n_read for policy in policies if policy.n_read is not None]
+        row["read"] = sum(read) / visible if visible and len(read) == len(policies) else None
         kinds = [kind for policy in policies for kind in policy.kinds.elements()]
         row["patterns"] = {kind: kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
 

@@ -1,4 +1,4 @@
-"""The three parts of the GPU check, one after the other, each within its share of the time."""
+"""The four parts of the GPU check, one after the other, each within its share of the time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retrieval_attn.bench import gpu_correct, gpu_end_to_end, machine
+from retrieval_attn.bench import gpu_capped, gpu_cases, gpu_correct, gpu_end_to_end, gpu_streamed, machine
 from retrieval_attn.bench.kernels_measure import Plan, measure_prompt
 from retrieval_attn.bench.kernels_options import PATTERNS, STEPS
 from retrieval_attn.bench.kernels_rows import Failing, Limits, blank_row, compare
@@ -17,7 +17,7 @@ from retrieval_attn.bench.vectors_prefill import Prompt, prefill_vectors
 from retrieval_attn.config import RetrievalConfig
 
 # Shares of the time; what a part leaves over, the next ones have.
-SHARES = {"correctness": 0.3, "end to end": 0.3, "prefill": 0.4}
+SHARES = {"correctness": 0.2, gpu_capped.PART: 0.5, "end to end": 0.1, "prefill": 0.2}
 
 MASS = RetrievalConfig.prefill_mass
 
@@ -37,11 +37,13 @@ class Sizes(NamedTuple):
     head_dims: tuple[int, ...] | None
     model: dict[str, Any]
     prompts: tuple[int, ...]
+    capped: tuple[gpu_cases.Case, ...]
 
 
 BIG = Sizes(
     lengths=tuple(1 << n for n in (13, 14, 15, 16, 17, 18, 20)), H=32, G=8, D=128, made=(4, 1), chunk=8192, repeat=5,
     dtype=torch.bfloat16, head_dims=None, model=gpu_end_to_end.LLAMA_8B, prompts=(1 << 15, 1 << 17),
+    capped=gpu_cases.CASES,
 )  # fmt: skip
 
 TINY = Sizes(
@@ -51,6 +53,7 @@ TINY = Sizes(
         "num_key_value_heads": 2, "max_position_embeddings": 8192,
     },
     prompts=(1200,),
+    capped=tuple(case._replace(context=3000, chunk=1024) for case in gpu_cases.CASES),
 )  # fmt: skip
 
 
@@ -74,7 +77,7 @@ def run(sizes: Sizes, device: str, minutes: float, seed: int) -> dict[str, Any]:
     env["matmul_flops_per_s"], env["copy_bandwidth_bytes_per_s"] = limits
     print(f"{env['gpu'] or env['cpu']}: {limits.flops / 1e12:.2f} TFLOP/s, copies at {limits.bandwidth / 1e9:.0f} GB/s")
     rows = list(_correctness(sizes, device, seed, budget))
-    rows += _end_to_end(sizes, device, limits, seed, budget)
+    rows += _with_model(sizes, device, limits, seed, budget)
     timed = []
     for row in _prefill(sizes, device, limits, seed, budget):
         timed.append(row)
@@ -84,6 +87,7 @@ def run(sizes: Sizes, device: str, minutes: float, seed: int) -> dict[str, Any]:
         if row["speedup_vs_best_dense"]:
             print(f"{short(row['context']):>8} {row['method']}: {row['speedup_vs_best_dense']:.2f} x the best dense")
     config = {**sizes._asdict(), "dtype": str(sizes.dtype).removeprefix("torch."), "device": device, "seed": seed}
+    config["capped"] = [case._asdict() for case in sizes.capped]
     return {
         "schema_version": SCHEMA_VERSION,
         "env": env,
@@ -94,26 +98,40 @@ def run(sizes: Sizes, device: str, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def _correctness(sizes: Sizes, device: str, seed: int, budget: Budget) -> Iterator[Row]:
-    chosen = gpu_correct.cases(device, seed, sizes.head_dims or gpu_correct.HEAD_DIMS)
+    chosen = gpu_streamed.cases(device, seed)
+    chosen += gpu_correct.cases(device, seed, sizes.head_dims or gpu_correct.HEAD_DIMS)
     for row in gpu_correct.check_all(chosen, lambda: budget.left("correctness")):
         print(gpu_correct.describe(row), flush=True)
         yield row
 
 
-def _end_to_end(sizes: Sizes, device: str, limits: Limits, seed: int, budget: Budget) -> list[Row]:
+def _with_model(sizes: Sizes, device: str, limits: Limits, seed: int, budget: Budget) -> list[Row]:
     """The model is gone when this returns, and its memory is free for longer prompts."""
     rows: list[Row] = []
     failed: Row = {"part": "end to end", "method": "model", "status": "failed", "reason": None}
     with Failing(failed):
-        model = gpu_end_to_end.random_model(sizes.model, device, sizes.dtype, seed)
-        left = lambda: budget.left("end to end")  # noqa: E731
-        for row in gpu_end_to_end.measure_model(model, sizes.prompts, device, limits.flops, left):
+        make = lambda: gpu_end_to_end.random_model(sizes.model, device, sizes.dtype, seed)  # noqa: E731
+        loaded = gpu_capped.load(make, device, sizes.capped)
+        for describe, row in _of_model(loaded, sizes, device, limits, budget):
             rows.append(row)
-            print(gpu_end_to_end.describe(row), flush=True)
-        del model
+            print(describe(row), flush=True)
+        del loaded
     if device != "cpu":
         torch.cuda.empty_cache()
     return [*rows, failed] if failed["reason"] else rows
+
+
+def _of_model(
+    loaded: gpu_capped.Loaded, sizes: Sizes, device: str, limits: Limits, budget: Budget
+) -> Iterator[tuple[Callable[[Row], str], Row]]:
+    """Rows, each with what writes its line."""
+    rates = gpu_cases.Rates(limits.flops, gpu_cases.link_bandwidth(device))
+    left = lambda: budget.left(gpu_capped.PART)  # noqa: E731
+    for row in gpu_capped.measure(loaded, sizes.capped, device, rates, left):
+        yield gpu_capped.describe, row
+    left = lambda: budget.left("end to end")  # noqa: E731
+    for row in gpu_end_to_end.measure_model(loaded.model, sizes.prompts, device, limits.flops, left):
+        yield gpu_end_to_end.describe, row
 
 
 def _prefill(sizes: Sizes, device: str, limits: Limits, seed: int, budget: Budget) -> Iterator[Row]:
@@ -167,5 +185,8 @@ def _notes(sizes: Sizes) -> list[str]:
         f"vectors of {H} heads over {G} are repeated for the others",
         "end to end: random weights, whose attention is flat; auto is judged by what it costs there, vertical_slash of "
         "fixed sizes reads the same in any model; stock: transformers with sdpa, in one pass",
+        f"{gpu_capped.PART}: the same weights, an index of kind scan; bytes of the device are of tensors, largest "
+        "allocated and largest reserved, without CUDA's own; host bytes are of the whole process; ratios are of "
+        "what was measured to the plan of retrieval-attn estimate",
         "shares of peak and of copy: of a matrix product and of a large copy on this device, in this run",
     ]

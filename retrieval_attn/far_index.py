@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from retrieval_attn.build import BuiltIndex, build_far_index
 from retrieval_attn.choose import Choice
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.index import BuildCancelled, Index
+from retrieval_attn.jobs import Cancelled, Job
 from retrieval_attn.kernels import TailSummary
 
 log = logging.getLogger("retrieval_attn")
@@ -18,7 +18,7 @@ log = logging.getLogger("retrieval_attn")
 # Keys that are appended together, in the background, while as many steps go by. Until then steps read them exactly.
 BATCH = 64
 
-Submit = Callable[..., "Future[Any]"]
+Submit = Callable[..., Job]
 
 
 class Far(NamedTuple):
@@ -79,8 +79,8 @@ class FarIndex:
         self._index: Index | None = None  # grows
         self._view: Index | None = None  # what it was when the last step began
         self._tail: TailSummary | None = None  # of the keys in the view
-        self._building: Future[BuiltIndex] | None = None
-        self._appending: Future[None] | None = None
+        self._building: Job | None = None
+        self._appending: Job | None = None
         self._scale = 1.0
 
     @property
@@ -89,7 +89,7 @@ class FarIndex:
         return self._index
 
     @property
-    def building(self) -> "Future[BuiltIndex] | None":
+    def building(self) -> Job | None:
         """The build that the next search will wait for, if there is one."""
         return self._building
 
@@ -221,10 +221,10 @@ class FarIndex:
             self._search_exactly(far, f"the {self._index.kind} index cannot take new keys", error)
         self._appending = None
 
-    def _take_build(self, building: "Future[BuiltIndex]", far: Far) -> None:
+    def _take_build(self, building: Job, far: Far) -> None:
         try:
             built = building.result()
-        except (BuildCancelled, CancelledError):
+        except (BuildCancelled, Cancelled):
             self._building = None
             return
         except Exception as error:

@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Sequence
-from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -318,7 +317,7 @@ def follow_builds(cache: RetrievalCache, on_progress: OnProgress) -> None:
         return
     on_progress(Progress("build", 0, len(building)))
     for i, (memory, build) in enumerate(building):
-        while not wait([build], timeout=REPORT_EVERY_S).done:
+        while not build.wait(REPORT_EVERY_S):
             on_progress(Progress("build", i + memory.far_index.build_fraction, len(building)))
         memory.index()
         on_progress(Progress("build", i + 1, len(building)))

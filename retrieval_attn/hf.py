@@ -6,10 +6,9 @@ contracts.
 """
 
 import copy
-import threading
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from retrieval_attn import cores
+from retrieval_attn import cores, jobs
 from retrieval_attn.compat import (
     ALL_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -30,6 +29,7 @@ from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.decode import StepClock, decode, decode_block
 from retrieval_attn.far_index import Submit
 from retrieval_attn.host import require_safe_threads, set_threads
+from retrieval_attn.jobs import Job, Worker
 from retrieval_attn.kernels import AttentionState, HeadPattern
 from retrieval_attn.memory import LayerMemory, LayerShape
 from retrieval_attn.patterns import load_patterns
@@ -351,15 +351,13 @@ class RetrievalCache(DynamicCache):
 
     def _own_threads(self) -> None:
         """Let builds and appends run in threads that end with this cache."""
-        self._cancelled = threading.Event()
-        # Its thread begins with the first append, and ends when nothing refers to the pool any more.
-        appends = ThreadPoolExecutor(1, "retrieval-append", initializer=_use_one_thread)
+        self._builder, appender = Worker("retrieval-build"), Worker("retrieval-append")
         this = weakref.ref(self)
         for layer in self.retrieval_layers:
             layer.before_decode = lambda: _start_builds(this)
-            layer.submit = appends.submit
+            layer.submit = functools.partial(appender.submit, _with_one_thread)
             for memory in layer.memories:
-                memory.far_index.submit = appends.submit
+                memory.far_index.submit = layer.submit
 
     def fork(self) -> "RetrievalCache":
         """An independent cache with the same tokens; what neither changes is held once, copy-on-write.
@@ -401,32 +399,16 @@ class RetrievalCache(DynamicCache):
             for layer in self.retrieval_layers:
                 layer.phase = "auto"
 
-    def start_builds(self) -> list["Future[Any]"]:
+    def start_builds(self) -> list[Job]:
         """Build the indexes that are missing or outgrown in a background thread, first layer first.
 
-        Returns the builds now under way. A step that needs an index waits for it, and an error is raised there.
+        Returns the builds now under way. A step that needs an index waits for it.
         """
-        waiting = [memory for memory in self.memories if memory.wants_build() or memory.outgrown()]
-        if waiting:
-            self._submit_builds(waiting)
+        submit = functools.partial(self._builder.submit, _beside_requests, self.config.threads)
+        for memory in self.memories:
+            if memory.wants_build() or memory.outgrown():
+                memory.far_index.build_later(submit, memory.far(), memory.recipe())
         return [memory.far_index.building for memory in self.memories if memory.far_index.building is not None]
-
-    def _submit_builds(self, waiting: list[LayerMemory]) -> None:
-        # An event of their own: those that were cancelled before stay cancelled.
-        cancelled = self._cancelled = threading.Event()
-        pool, threads = ThreadPoolExecutor(1, "retrieval-build"), self.config.threads
-
-        def build(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            with cores.build(threads) as adjust:
-                # Asked now and then, in the building thread.
-                return work(*args, cancelled=lambda: adjust() or cancelled.is_set(), **options)
-
-        def submit(*args: Any, **options: Any) -> "Future[Any]":
-            return pool.submit(build, *args, **options)
-
-        for memory in waiting:
-            memory.far_index.build_later(submit, memory.far(), memory.recipe())
-        pool.shutdown(wait=False)
 
     def working(self) -> AbstractContextManager[None]:
         """Inside, the calling thread uses `config.threads`, or half of them while indexes are built beside it."""
@@ -434,7 +416,7 @@ class RetrievalCache(DynamicCache):
 
     def cancel_builds(self) -> None:
         """Stop builds under way and those not begun; a later step starts them anew."""
-        self._cancelled.set()
+        self._builder.cancel()
         for memory in self.memories:
             memory.far_index.forget_build()
 
@@ -442,9 +424,12 @@ class RetrievalCache(DynamicCache):
         """Drop the last `-tokens` tokens of every layer, or of none if a layer cannot.
 
         A positive number is the length to keep, as transformers before 5.20 passes it. Raises ValueError when a
-        sliding-window layer has already let go of what it would need again.
+        sliding-window layer has already let go of what it would need again, and for more tokens than there are.
         """
-        self._crop_to(tokens if tokens > 0 else self.get_seq_length() + tokens)
+        n_held = self.get_seq_length()
+        if -tokens > n_held:
+            raise ValueError(f"cannot drop {-tokens} tokens, the cache holds {n_held}")
+        self._crop_to(min(tokens, n_held) if tokens > 0 else n_held + tokens)
 
     def settle(self) -> None:
         """After a forward pass, interrupted or not: bring all layers to the tokens that every layer holds.
@@ -493,8 +478,16 @@ class RetrievalCache(DynamicCache):
             layer.policy.reset()
 
 
-def _use_one_thread() -> None:
+def _with_one_thread(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
     set_threads(1)
+    return work(*args, **options)
+
+
+def _beside_requests(threads: int | None, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Build an index with the threads that requests leave, until it is cancelled."""
+    with cores.build(threads) as adjust:
+        # Asked between blocks of work, in the building thread.
+        return work(*args, cancelled=lambda: adjust() or jobs.is_cancelled(), **options)
 
 
 def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:

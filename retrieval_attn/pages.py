@@ -78,24 +78,23 @@ class Pages:
     def ensure(self, first: int, stop: int) -> None:
         """Make sure that bytes first..stop can be written. Raises OSError if the disk is full; nothing is lost then.
 
-        Without this a full disk would end the process at the first write.
+        Without this a full disk would end the process at the first write. What is covered needs no room: writing to it
+        takes memory.
         """
         if self.file is None:
             return
-        done = self._on_disk.get(first, first)
+        done = max(self._on_disk.get(first, first), self._covered_until(first))
         if stop > done:
             upto = min(self.n_bytes, -(-stop // _DISK_STEP) * _DISK_STEP)
-            try:
-                os.posix_fallocate(self.file.descriptor, done, upto - done)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise
-                raise OSError(
-                    error.errno,
-                    f"the disk of kv_dir is full ({upto - done} bytes more were needed); free some room, "
-                    "or give another folder",
-                ) from error
+            _allocate(self.file, done, upto)
             self._on_disk[first] = upto
+
+    def _covered_until(self, first: int) -> int:
+        """Where the covers end that lie over `first` and on from there."""
+        for at, end in self._ever_covered:
+            if at <= first < end:
+                first = end
+        return first
 
     def cover(self, cover: Cover) -> None:
         """Lay pages of a file over these: what was here is gone, what is written here leaves the file as it is."""
@@ -129,10 +128,26 @@ class Pages:
 
     def _empty_file(self, n_bytes: int) -> OpenFile:
         if self.folder is not None:
-            return _unnamed_file(self.folder, n_bytes)
+            on_disk = _unnamed_file(self.folder, n_bytes)
+            _allocate(on_disk, 0, n_bytes)
+            return on_disk
         file = OpenFile(os.memfd_create("kv"))
         os.ftruncate(file.descriptor, n_bytes)
         return file
+
+
+def _allocate(file: OpenFile, start: int, stop: int) -> None:
+    """Take room for bytes start..stop of a file."""
+    try:
+        os.posix_fallocate(file.descriptor, start, stop - start)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk of kv_dir is full ({stop - start} bytes more were needed); free some room, or give another "
+            "folder",
+        ) from error
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

@@ -12,7 +12,7 @@ from retrieval_attn.choose import choose_index
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.pages import OUT_OF_MEMORY
 from retrieval_attn.plan_terms import ModelShape
-from retrieval_attn.stream import RESERVE
+from retrieval_attn.stream import reserve
 
 GIB = 2**30
 
@@ -208,14 +208,16 @@ def _on_device(
     if name == "load":
         return start
     near = {**start, "near window": held.window}
+    if name == "restore":
+        return near
+    # It stays for later turns.
+    near["resident prefix"] = _resident(shape, held, config, sum(near.values()), target)
     if name != "prefill":
         return {**near, "logits": terms.logits(shape)} if name == "decode" else near
-    n_new = min(held.n_tokens, config.prefill_chunk)
     return {
         **near,
-        "resident prefix": _resident(shape, held, config, sum(near.values()), target),
         "tiles": terms.tiles(shape, held.n_tokens, config),
-        "activations": terms.activations(shape, n_new),
+        "activations": terms.activations(shape, min(held.n_tokens, config.prefill_chunk)),
         "logits": terms.logits(shape),
     }
 
@@ -228,5 +230,5 @@ def _resident(shape: ModelShape, held: _Held, config: RetrievalConfig, near: int
     budget = config.device_kv_budget
     if budget is None:
         two_tiles = 2 * config.prefill_tile * shape.row
-        budget = 0 if target.memory is None else target.memory - near - two_tiles - RESERVE
+        budget = 0 if target.memory is None else target.memory - near - two_tiles - reserve(config)
     return max(0, min(budget, shape.n_layers * shape.row * held.n_tokens))

@@ -13,10 +13,16 @@ from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.memory import LayerMemory
 from retrieval_attn.offload import HostStore
 
-# Device memory that is left to activations, and to what the allocator cannot use, when the budget is not given.
-RESERVE = 3 << 29
+# Device memory that is left when the budget is not given: to what the allocator cannot use and to sparse attention's
+# estimates; and for every token of a chunk to activations, at the widest place of a layer of a 70B model.
+_RESERVE, _RESERVE_PER_TOKEN = 1 << 30, 1 << 18
 
 Span = tuple[int, int]
+
+
+def reserve(config: RetrievalConfig) -> int:
+    """Bytes of the device that are left free when the budget is not given."""
+    return _RESERVE + config.prefill_chunk * _RESERVE_PER_TOKEN
 
 
 def tokens_on_device(config: RetrievalConfig, memory: LayerMemory, device: torch.device) -> int:
@@ -27,7 +33,7 @@ def tokens_on_device(config: RetrievalConfig, memory: LayerMemory, device: torch
     row = shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
     if budget is None:
         free, _ = torch.cuda.mem_get_info(device)
-        budget = max(0, free - RESERVE - 2 * config.prefill_tile * row)
+        budget = max(0, free - reserve(config) - 2 * config.prefill_tile * row)
     return budget // (row * shape.n_layers * shape.n_sequences)
 
 
@@ -59,14 +65,19 @@ def whole_heads(memory: LayerMemory, keys: Tensor, values: Tensor, heads: slice)
     keys (1, G, T, D), values: of the newest tokens, which are in the memory already. On a CPU these are views of the
     store, unless it holds int8.
     """
-    store, past = memory.store, memory.length - keys.shape[2]
+    store, resident, past = memory.store, memory.resident, memory.length - keys.shape[2]
     if keys.device.type == "cpu":
         stored = store.read(0, memory.length, heads)
         return stored[0][None], stored[1][None]
     there = [new.new_empty((1, new[0, heads].shape[0], memory.length, new.shape[3])) for new in (keys, values)]
     for whole, new in zip(there, (keys, values), strict=True):
         whole[:, :, past:] = new[:, heads]
-    for start in range(0, past, memory.config.prefill_tile):
+    at = 0
+    for tile in resident.tiles(memory.config.prefill_tile):
+        for whole, part in zip(there, tile, strict=True):
+            whole[:, :, at : at + part.shape[2]] = part[:, heads]
+        at += tile[0].shape[2]
+    for start in range(at, past, memory.config.prefill_tile):
         stop = min(past, start + memory.config.prefill_tile)
         for whole, part in zip(there, store.read(start, stop, heads), strict=True):
             whole[0, :, start:stop].copy_(part, non_blocking=True)

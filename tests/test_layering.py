@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What each file of the runtime may know of the runtime, in the order a request meets them.
-RUNTIME = ["host", "cores", "config", "patterns", "choose", "window", "resident", "pages", "rows", "int8", "offload"]
-RUNTIME += ["build", "far_index", "memory", "stream", "estimate", "decode"]
+RUNTIME = ["host", "cores", "jobs", "config", "patterns", "choose", "window", "resident", "pages", "rows", "int8"]
+RUNTIME += ["offload", "build", "far_index", "memory", "stream", "estimate", "decode"]
 RUNTIME += ["break_even", "prefill", "compat", "hf", "plan_terms", "plan", "generate", "batch", "session"]
 RUNTIME += ["durable", "sealed", "manifest", "saved", "llm", "plan_report", "search_patterns", "chat", "cli"]
 
