@@ -124,7 +124,7 @@ class BatchRequest:
         self._shared.itl_s.append(time.perf_counter() - step_started)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, started: float) -> None:
-        longest = longest_context(self.model.config, self.cache.config, self.model.dtype)
+        longest = longest_context(self.model.config, self.cache.config, self.model.dtype, len(rows))
         for i, row in enumerate(rows):
             if not row.stop_reason:
                 row.draw(logits[i : i + 1], self.stop_ids, longest)

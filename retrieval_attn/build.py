@@ -66,9 +66,10 @@ class QuerySample:
 
     def crop(self, length: int) -> None:
         """Forget the queries of tokens from `length` on."""
-        self._length = min(self._length, length)
         self._n_spread = min(self._n_spread, -(-length // self._stride))
         self._recent_start = min(self._recent_start, length)
+        # Last: as long as it says more, a crop that was interrupted is repeated.
+        self._length = min(self._length, length)
 
     def state(self) -> dict[str, Tensor]:
         """Everything, as tensors, for `restore`."""

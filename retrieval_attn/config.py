@@ -63,13 +63,14 @@ class RetrievalConfig:
         Sparse prefill brings all keys and values of a layer there, one layer at a time.
     device_kv_budget: bytes of keys and values that prefill may keep on the device, so that later chunks need not bring
         them back from CPU memory; the near window comes on top. None: what is free at the first chunk, less a reserve
-        for activations. Without a GPU nothing is kept twice.
+        for activations. It stays there for later turns. Without a GPU nothing is kept twice.
     followup: how the tokens of a later turn attend to what the cache holds: "exact"ly, streamed to the device in tiles;
         or they "retrieve", as generated tokens do, which takes no pass over all keys.
     kv_dtype: "auto" keeps keys and values in the model's dtype; "int8" in half the memory, with a scale for every head
         and coordinate. The near window stays in the model's dtype.
     kv_dir: a folder for the keys and values, which are then memory-mapped files, for what exceeds the memory. The files
-        have no names and are gone when the process is. None keeps them in memory.
+        have no names and are gone when the process is. What a fork or a restored session has in common with others and
+        then writes anew takes memory. None keeps all in memory.
     max_tokens: a hard limit for a context; None leaves it to the model.
     max_host_bytes: a hard limit for the keys and values of one cache on the host; None leaves it to the machine.
     seed: makes index builds repeatable.

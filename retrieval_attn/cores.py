@@ -42,13 +42,15 @@ def build(total: int | None) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _counted(kind: str) -> Iterator[None]:
-    with _lock:
-        _running[kind] += 1
+    counted = 0
     try:
+        with _lock:
+            counted = 1
+            _running[kind] += 1
         yield
     finally:
         with _lock:
-            _running[kind] -= 1
+            _running[kind] -= counted
 
 
 def _share(total: int | None, others: str, round_up: bool) -> None:

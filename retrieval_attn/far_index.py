@@ -104,10 +104,8 @@ class FarIndex:
         if self._index is None:
             self._build(covered, recipe())
         self._follow(covered)
-        # Interrupted just after this, an append goes on that nobody waits for: then the index holds the batch already.
-        if self.submit is not None and self._index is not None and self._index.n_keys == n:
-            new = far.before(n + BATCH)
-            self._appending = self._appending or self.submit(self._index.append, new.after(n).keys, keys=new.keys)
+        if self.submit is not None and self._appending is None:
+            self._appending = self.submit(_append_next, self._index, far.before(n + BATCH).keys, n)
         return self._view
 
     def to_save(self, far: Far, recipe: Callable[[], Recipe]) -> Index | None:
@@ -120,8 +118,7 @@ class FarIndex:
         """The summary of exactly the keys that the last step searched; call `for_step` first."""
         assert self._view is not None
         if self._tail is None:
-            n = self._view.n_keys
-            self._tail = TailSummary(far.keys[:, :n], far.values[:, :n])
+            self._tail = TailSummary(*far.before(self._view.n_keys))
         return self._tail
 
     def build_later(self, submit: Submit, far: Far, recipe: Recipe) -> None:
@@ -164,6 +161,8 @@ class FarIndex:
 
     def drop(self) -> None:
         """Forget everything: the stored keys are others."""
+        if self._building is not None:
+            self._building.cancel()
         self._index = self._view = self._tail = self._building = self._appending = None
 
     def adopt(self, index: Index, tail: TailSummary | None, reason: str) -> None:
@@ -171,6 +170,8 @@ class FarIndex:
         # The view first: a step that finds an index finds one to search, too, wherever this is interrupted.
         self._tail, self._view, self._index = tail, index.snapshot(), index
         self.built_on, self.reason = index.n_keys, reason
+        if index.lift is not None:
+            self._scale = index.lift.scale
 
     def fork(self, far: Far, own: Far) -> "FarIndex":
         """The same index for a memory whose far tokens are equal, in its `own` memory. Waits for what is under way."""
@@ -250,3 +251,9 @@ class FarIndex:
 
     def _note_progress(self, fraction: float) -> None:
         self.build_fraction = fraction
+
+
+def _append_next(index: Index, keys: Tensor, n: int) -> None:
+    """Append what follows the first n of these keys, unless that was done, by a call whose job was lost to Ctrl-C."""
+    if index.n_keys == n:
+        index.append(keys[:, n:], keys=keys)

@@ -271,7 +271,7 @@ def summarise(
     _summarise_prefill(stats, [layer.policy for layer in cache.retrieval_layers])
     stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
     stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories)
-    stats.device_kv_bytes = sum(memory.window.nbytes for memory in memories)
+    stats.device_kv_bytes = sum(memory.window.nbytes + memory.resident.nbytes for memory in memories)
     indexes = [index for memory in memories if (index := memory.far_index.if_built) is not None]
     stats.index_bytes = sum(index.nbytes for index in indexes)
     stats.index = ", ".join(sorted({index.kind for index in indexes}))
@@ -323,13 +323,13 @@ def follow_builds(cache: RetrievalCache, on_progress: OnProgress) -> None:
         on_progress(Progress("build", i + 1, len(building)))
 
 
-def longest_context(model_config: Any, config: RetrievalConfig, dtype: torch.dtype) -> int:
+def longest_context(model_config: Any, config: RetrievalConfig, dtype: torch.dtype, n_sequences: int = 1) -> int:
     """Tokens that the model was made for, or fewer if the config's limits say so; effectively unbounded if none does.
 
-    dtype: of the model's numbers, by which its keys and values are counted.
+    dtype: of the model's numbers, by which its keys and values are counted. n_sequences: that share one cache.
     """
     text = model_config.get_text_config(decoder=True)
     most = min(getattr(text, "max_position_embeddings", None) or 1 << 60, config.max_tokens or 1 << 60)
     if config.max_host_bytes is None:
         return most
-    return min(most, config.max_host_bytes // stored_kv(ModelShape.of(model_config, dtype), 1, config))
+    return min(most, config.max_host_bytes // (n_sequences * stored_kv(ModelShape.of(model_config, dtype), 1, config)))

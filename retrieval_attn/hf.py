@@ -210,6 +210,8 @@ class RetrievalLayer(DynamicLayer):
         if self.phase == "prefill" or (self.phase == "auto" and not single) or memory.length == 0:
             memory.forget_step()
             return prefill(query, keys, values, memory, scale, self.policy)
+        if self.phase == "retrieve":
+            memory.forget_step()
         if single:
             memory.append(query, keys, values)
         if memory.wants_build():
@@ -262,11 +264,12 @@ class RetrievalLayer(DynamicLayer):
 
     def keep(self, n_tokens: int) -> None:
         """Go back to the first `n_tokens` of each row, whatever an interrupted pass left behind; may be repeated."""
+        # First what `settle` goes by: interrupted after this, it asks for the same again.
+        self._seen, self._awaiting = n_tokens, False
         if self._padding is not None:
             self._padding = self._padding[:, :n_tokens]
         for b, memory in enumerate(self.memories):
             memory.crop(n_tokens if self._padding is None else int(self._padding[b].sum()))
-        self._seen, self._awaiting = n_tokens, False
 
     def reset(self) -> None:
         """Forget everything."""
@@ -288,6 +291,8 @@ class RetrievalLayer(DynamicLayer):
         self.memories = [
             self.memories[old] if first_use[old] == new else self.memories[old].fork() for new, old in enumerate(chosen)
         ]
+        for memory in self.memories:
+            memory.shape = memory.shape._replace(n_sequences=len(chosen))
         if self._padding is not None:
             self._padding = self._padding[chosen]
 

@@ -56,7 +56,7 @@ class Scales:
         return (rows.detach().float() / self.steps.to(rows.device)[:, None]).round_().clamp_(-MOST, MOST).to(torch.int8)
 
     def decode(self, rows: Tensor, dtype: torch.dtype, heads: slice = slice(None)) -> Tensor:
-        """Rows (G, n, D) of the given heads as they were, within half a step."""
+        """Rows (G, n, D) of the given heads as they were, within half a step, and half of each smaller step before."""
         return (rows * self.steps[heads, None]).to(dtype)
 
     def times(self, x: Tensor) -> Tensor:

@@ -59,17 +59,17 @@ class LLM:
         Raises ValueError if it is empty or longer than the model's maximum, or messages are given to a model without
         a chat template.
         """
-        return self._encode_named(prompt, "the prompt")
+        return self._encode_named(prompt, "the prompt", self.max_tokens)
 
-    def _encode_named(self, prompt: Prompt, name: str) -> list[int]:
+    def _encode_named(self, prompt: Prompt, name: str, longest: int) -> list[int]:
         if not isinstance(prompt, str | Tensor | Sequence) or is_batch(prompt):
             raise ValueError(f"{name} must be a text, chat messages or token ids, got {_kind(prompt)}")
         ids = self._encode(prompt)
         if not ids:
             raise ValueError(f"{name} is empty; give at least one token")
-        if len(ids) >= self.max_tokens:
+        if len(ids) >= longest:
             raise ValueError(
-                f"{name} has {len(ids)} tokens, the maximum is {self.max_tokens} with at least one of them for the "
+                f"{name} has {len(ids)} tokens, the maximum is {longest} with at least one of them for the "
                 "answer; shorten the text"
             )
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -139,8 +139,10 @@ class LLM:
         self, prompts: Batch, on_progress: OnProgress | None, options: dict[str, Any]
     ) -> list[Completion]:
         samplings = sampling_per_row(options, len(prompts))
-        ids = [self._encode_named(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        total_plan([self.plan(len(row)) for row in ids]).check()
+        longest = longest_context(self.model.config, self.config, self.model.dtype, len(prompts))
+        ids = [self._encode_named(prompt, f"prompt {i}", longest) for i, prompt in enumerate(prompts)]
+        n_new = [sampling.max_new_tokens for sampling in samplings]
+        total_plan([self.plan(len(row) + n) for row, n in zip(ids, n_new, strict=True)]).check()
         request = BatchRequest(self.model, self.new_cache(), self.stop_ids(), on_progress)
         rows = request.answer(ids, samplings)
         return [Completion(self.decode(row.answer), row.answer, row.stats) for row in rows]

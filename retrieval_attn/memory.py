@@ -39,15 +39,16 @@ class LayerMemory:
     appends of the index run in the background.
     """
 
-    def __init__(self, config: RetrievalConfig, shape: LayerShape) -> None:
+    def __init__(self, config: RetrievalConfig, shape: LayerShape, store: HostStore | None = None) -> None:
+        """store: its tokens, if it has some; else an empty one is made."""
         self.config = config
         self.shape = shape
         folder = None if config.kv_dir is None else Path(config.kv_dir).expanduser()
-        self.store = HostStore(*shape[:5], int8=config.kv_dtype == "int8", folder=folder)
+        self.store = store or HostStore(*shape[:5], int8=config.kv_dtype == "int8", folder=folder)
         self.window = Window(config.n_sink, config.n_local)
         self.resident = Resident(0)
         self.sample = QuerySample(config.build_queries)
-        self.far_index = FarIndex(config)
+        self._far_index, self._version = FarIndex(config), self.store.version
         self.scale = shape.key_dim**-0.5
         self.steps = 0
         # What the last step found, where the next one begins, and how many keys it took; forgotten on crop.
@@ -55,7 +56,14 @@ class LayerMemory:
         self.reach: int | None = None
         # Chunks of the prompt for which no head is asked what it could leave out, and how many the next time.
         self.rest, self.next_rest = 0, 1
-        self._most = _most_tokens(config, shape, self.store.bytes_per_token)
+
+    @property
+    def far_index(self) -> FarIndex:
+        """The index over the far keys; it forgets everything when stored keys have become others."""
+        if self._version != self.store.version:
+            self._far_index.drop()
+            self._version = self.store.version
+        return self._far_index
 
     @property
     def length(self) -> int:
@@ -72,23 +80,24 @@ class LayerMemory:
 
         Raises MemoryError beyond what the config allows, OSError if the disk of `kv_dir` is full.
         """
-        if self.length + keys.shape[2] > self._most:
-            raise MemoryError(self._too_many())
-        version = self.store.version
+        self._require_room(self.length + keys.shape[2])
         self.sample.add(query)
         self.store.append(keys[0], values[0])
         self.window.append(keys, values)
-        if self.store.version != version:
-            self.far_index.drop()
 
-    def _too_many(self) -> str:
-        config = self.config
-        if config.max_tokens == self._most:
-            return f"the context has reached max_tokens={config.max_tokens}; raise it, or shorten the text"
-        return (
-            f"{self._most} tokens fill max_host_bytes={config.max_host_bytes}; raise it, use kv_dtype='int8', or "
-            "shorten the text"
-        )
+    def _require_room(self, length: int) -> None:
+        """Raise MemoryError if so many tokens are more than the config's hard limits allow."""
+        config, shape = self.config, self.shape
+        if config.max_tokens is not None and length > config.max_tokens:
+            raise MemoryError(f"the context has reached max_tokens={config.max_tokens}; raise it, or shorten the text")
+        if config.max_host_bytes is None:
+            return
+        most = config.max_host_bytes // (self.store.bytes_per_token * shape.n_layers * shape.n_sequences)
+        if length > most:
+            raise MemoryError(
+                f"{most} tokens fill max_host_bytes={config.max_host_bytes}; raise it, use kv_dtype='int8', or "
+                "shorten the text"
+            )
 
     def far(self) -> Far:
         """The far tokens as stored; row i is token `split.sink_stop + i`."""
@@ -168,24 +177,24 @@ class LayerMemory:
 
         Waits for a build that is under way.
         """
-        twin = LayerMemory(self.config, self.shape._replace(capacity=1))
-        twin.shape = self.shape
-        twin.store, twin.window, twin.sample = self.store.fork(), self.window.copy(), self.sample.copy()
-        twin.scale, twin.steps = self.scale, self.steps
-        twin.far_index = self.far_index.fork(self.far(), twin.far())
-        twin.far_index.submit = self.far_index.submit
+        twin = LayerMemory(self.config, self.shape, self.store.fork())
+        twin.window, twin.sample = self.window.copy(), self.sample.copy()
+        twin._far_index = self.far_index.fork(self.far(), twin.far())
+        twin._far_index.submit = self.far_index.submit
+        for name in ("scale", "steps", "last_ids", "reach", "rest", "next_rest"):
+            setattr(twin, name, getattr(self, name))
         return twin
 
     def state(self) -> dict[str, Tensor]:
         """What `adopt` needs besides keys and values, as tensors."""
-        counts = torch.tensor([self.far_index.built_on, self.steps])
+        counts = torch.tensor([self.far_index.built_on, self.steps, self.rest, self.next_rest])
         return self.window.state() | self.sample.state() | self.store.scales() | {"memory_counts": counts}
 
     def adopt_index(self, index: Index, state: dict[str, Tensor]) -> None:
         """Use the index that was saved with this memory, and with it the summary in `state`, if there is one."""
         self.far_index.adopt(index, TailSummary.restore(state) if "tail_means" in state else None, "restored")
-        # When it is to be built anew is decided as if it had never been on disk.
-        self.far_index.built_on, self.steps = state["memory_counts"].tolist()
+        # It is built anew when it would have been.
+        self.far_index.built_on = int(state["memory_counts"][0])
 
     def adopt(
         self, keys: Extent, values: Extent, n_tokens: int, state: dict[str, Tensor], device: torch.device
@@ -194,16 +203,8 @@ class LayerMemory:
 
         state: of the memory that was saved. Raises MemoryError beyond what the config allows.
         """
-        if n_tokens > self._most:
-            raise MemoryError(self._too_many())
+        self._require_room(n_tokens)
         self.store.adopt(keys, values, n_tokens, state)
         self.window.restore(n_tokens, state, device)
         self.sample.restore(state)
-
-
-def _most_tokens(config: RetrievalConfig, shape: LayerShape, bytes_per_token: int) -> int:
-    """Tokens that the config's hard limits allow."""
-    most = config.max_tokens or 1 << 60
-    if config.max_host_bytes is None:
-        return most
-    return min(most, config.max_host_bytes // (bytes_per_token * shape.n_layers * shape.n_sequences))
+        _, self.steps, self.rest, self.next_rest = state["memory_counts"].tolist()

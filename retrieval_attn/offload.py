@@ -12,6 +12,9 @@ from retrieval_attn.int8 import Scales
 from retrieval_attn.pages import OpenFile
 from retrieval_attn.rows import Rows
 
+# Transfers under way at most; each holds pinned memory for as many tokens as were appended.
+MOST_TRANSFERS = 2
+
 
 class _Transfer(NamedTuple):
     """A device-to-host copy under way: pinned staging memory and the event that ends it."""
@@ -102,6 +105,7 @@ class HostStore:
             self._values.rows.ensure(stop)
             with self._transferring:
                 self._transfers.append(_start_transfer(start, keys, values))
+            self._finish_transfers(but=MOST_TRANSFERS)
         else:
             self._write(start, keys, values)
         self.length = stop
@@ -199,13 +203,15 @@ class HostStore:
         self._keys.rows.write(start, keys)
         self._values.rows.write(start, values)
 
-    def _finish_transfers(self) -> None:
+    def _finish_transfers(self, but: int = 0) -> None:
+        """Wait for all transfers but the latest few."""
         # The builder's thread reads too: each transfer is written once, and nobody reads before it is.
         with self._transferring:
-            for transfer in self._transfers:
+            while len(self._transfers) > but:
+                transfer = self._transfers[0]
                 transfer.done.synchronize()
                 self._write(transfer.start, transfer.keys, transfer.values)
-            self._transfers.clear()
+                del self._transfers[0]
 
     def _grow(self, capacity: int) -> None:
         self._finish_transfers()

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +66,9 @@ class Pages:
         self.folder = folder
         self.file = None if folder is None else _unnamed_file(folder, self.n_bytes)
         self.covers: list[Cover] = []
-        self._ever_covered: list[tuple[int, int]] = []
+        # Two lists, because an interruption may come between: what may be covered, and what surely is.
+        self._maybe_covered: list[tuple[int, int]] = []
+        self._surely_covered: list[tuple[int, int]] = []
         self._on_disk: dict[int, int] = {}
         self._buffer = _reserve(self.n_bytes, self.file)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
@@ -91,13 +94,15 @@ class Pages:
 
     def _covered_until(self, first: int) -> int:
         """Where the covers end that lie over `first` and on from there."""
-        for at, end in self._ever_covered:
+        for at, end in self._surely_covered:
             if at <= first < end:
                 first = end
         return first
 
     def cover(self, cover: Cover) -> None:
         """Lay pages of a file over these: what was here is gone, what is written here leaves the file as it is."""
+        span = cover.at, cover.at + cover.n_bytes
+        self._maybe_covered.append(span)
         address = self._address + cover.at
         flags = mmap.MAP_PRIVATE | _FIXED | _NORESERVE
         protection = mmap.PROT_READ | mmap.PROT_WRITE
@@ -108,23 +113,29 @@ class Pages:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             _libc().madvise(address, cover.n_bytes, mmap.MADV_HUGEPAGE)
         self.covers.append(cover)
-        self._ever_covered.append((cover.at, cover.at + cover.n_bytes))
+        self._surely_covered.append(span)
 
-    def freeze(self, first: int, stop: int) -> None:
-        """Lay a file of the same content over bytes first..stop, as whole pages: forks can then be covered by it, too.
+    def freeze(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Lay a file of the same content over some spans of bytes, as whole pages: forks can be covered by it, too.
 
         Their content and address stay. What has been covered once goes to a new file: a fork may read the old one.
         """
-        first, stop = first // PAGE * PAGE, min(self.n_bytes, -(-stop // PAGE) * PAGE)
-        if self.file is not None and not any(at < stop and first < end for at, end in self._ever_covered):
-            self.cover(Cover(first, self.file, first, stop - first))
+        whole = [(first // PAGE * PAGE, min(self.n_bytes, -(-stop // PAGE) * PAGE)) for first, stop in spans]
+        if self.file is not None and not any(self._may_be_covered(*span) for span in whole):
+            for first, stop in whole:
+                self.cover(Cover(first, self.file, first, stop - first))
             return
-        file = self._empty_file(stop - first)
-        # Piece by piece, so that no more than one piece is held twice.
-        for at in range(first, stop, _MOVE_STEP):
-            n_bytes = min(_MOVE_STEP, stop - at)
-            _write(file.descriptor, memoryview(self._buffer)[at : at + n_bytes], at - first)
-            self.cover(Cover(at, file, at - first, n_bytes))
+        file, written = self._empty_file(sum(stop - first for first, stop in whole)), 0
+        for first, stop in whole:
+            # Piece by piece, so that no more than one piece is held twice.
+            for at in range(first, stop, _MOVE_STEP):
+                n_bytes = min(_MOVE_STEP, stop - at)
+                _write(file.descriptor, memoryview(self._buffer)[at : at + n_bytes], written)
+                self.cover(Cover(at, file, written, n_bytes))
+                written += n_bytes
+
+    def _may_be_covered(self, first: int, stop: int) -> bool:
+        return any(at < stop and first < end for at, end in self._maybe_covered)
 
     def _empty_file(self, n_bytes: int) -> OpenFile:
         if self.folder is not None:

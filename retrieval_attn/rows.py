@@ -79,8 +79,8 @@ class Rows:
         heads, capacity, dim = self.tensor.shape
         twin = Rows(heads, capacity, dim, self.tensor.dtype, self.folder, self._stride, self._skew)
         if CAN_COVER and length - self._shared > FEW:
-            for first in self._starts():
-                self._pages.freeze(first + self._shared * self._row, first + length * self._row)
+            shared, whole = self._shared * self._row, length * self._row
+            self._pages.freeze([(first + shared, first + whole) for first in self._starts()])
             self._shared = length
         held = self._lend(twin, min(length, self._shared)) if CAN_COVER else 0
         if held < length:

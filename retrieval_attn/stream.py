@@ -87,18 +87,20 @@ def whole_heads(memory: LayerMemory, keys: Tensor, values: Tensor, heads: slice)
 class _Lane:
     """One of two buffers: pinned memory, and the place on the device that it is copied to."""
 
-    def __init__(self, copies: "torch.cuda.Stream") -> None:
-        self._copies = copies
+    def __init__(self, device: torch.device, copies: "torch.cuda.Stream") -> None:
+        self._device, self._copies = device, copies
         self._arrived, self._done = torch.cuda.Event(), torch.cuda.Event()
         self._pinned: list[Tensor] = []
         self._there: list[Tensor] = []
 
-    def fetch(self, store: HostStore, span: Span, device: torch.device) -> None:
+    def fetch(self, store: HostStore, span: Span) -> None:
         """Begin to copy tokens to the device, once what was here before is no longer in use."""
         parts = [part[None] for part in store.read(*span)]
         if not self._pinned:
             self._pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
-            self._there = [torch.empty(part.shape, dtype=part.dtype, device=device) for part in parts]
+            self._there = [torch.empty(part.shape, dtype=part.dtype, device=self._device) for part in parts]
+            # The place may have been another tensor's, whose last reader is still waiting for its turn.
+            self._copies.wait_stream(torch.cuda.current_stream(self._device))
         # The pinned memory is free when its last copy has arrived, the place on the device when attention is done.
         self._arrived.synchronize()
         with torch.cuda.stream(self._copies):
@@ -111,27 +113,27 @@ class _Lane:
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
         """The n tokens on the device; what is launched from now on waits for them."""
-        torch.cuda.current_stream().wait_event(self._arrived)
+        torch.cuda.current_stream(self._device).wait_event(self._arrived)
         keys, values = (there[:, :, :n] for there in self._there)
         return keys, values
 
     def release(self) -> None:
         """What was launched until now is the last that needs the tokens."""
-        self._done.record(torch.cuda.current_stream())
+        self._done.record(torch.cuda.current_stream(self._device))
 
 
 def _brought(store: HostStore, spans: Sequence[Span], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     if not spans:
         return
     copies = torch.cuda.Stream(device)
-    lanes = (_Lane(copies), _Lane(copies))
+    lanes = (_Lane(device, copies), _Lane(device, copies))
     try:
-        lanes[0].fetch(store, spans[0], device)
+        lanes[0].fetch(store, spans[0])
         for i, (start, stop) in enumerate(spans):
             if i + 1 < len(spans):
-                lanes[(i + 1) % 2].fetch(store, spans[i + 1], device)
+                lanes[(i + 1) % 2].fetch(store, spans[i + 1])
             yield lanes[i % 2].take(stop - start)
             lanes[i % 2].release()
     finally:
         # Also when given up half-way: nobody may use the buffers' memory before the copies into it are done.
-        torch.cuda.current_stream().wait_stream(copies)
+        torch.cuda.current_stream(device).wait_stream(copies)

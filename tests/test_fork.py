@@ -1,12 +1,15 @@
 """Branching and follow-up turns: forks go on apart, later turns equal a fresh run, and int8 or disk change little."""
 
+import pkgutil
 import threading
+import time
 
 import pytest
 import torch
 from tiny_models import prompt_ids, save_tiny_chat_model, tiny_model
 
 import retrieval_attn as ra
+import retrieval_attn.far_index
 from retrieval_attn.hf import RetrievalLayer
 
 EVERYTHING = 1 << 20
@@ -203,7 +206,122 @@ def test_a_kv_dir_that_is_no_folder_is_named(folders, tmp_path):
         llm.generate("Hello", max_new_tokens=2)
 
 
+@pytest.mark.parametrize("where", ["window.Window.crop", "resident.Resident.crop", "build.QuerySample.crop"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_crop_interrupted_then_a_longer_conversation(folders, monkeypatch, where, at):
+    """Layers that had gone back and those that had not said the same length, and the next turn lost tokens."""
+    llm = ra.load(folders("llama"), small(), dtype="float32")
+    session = llm.session()
+    session.ask(TEXT, max_new_tokens=40)
+    calls, place = [], f"retrieval_attn.{where}"
+    plain = pkgutil.resolve_name(place)
+
+    def interrupted(*args):
+        plain(*args)
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(place, interrupted)
+        for _ in session.regenerate(max_new_tokens=40):
+            pass
+    done = session.ask("And now?", max_new_tokens=12)
+    asked = session.token_ids[: -len(done.token_ids)]
+    assert done.token_ids == llm.generate(asked, max_new_tokens=12).token_ids
+
+
+def test_int8_scales_that_change_in_an_append_that_fails(monkeypatch):
+    """The rows were written anew before the error; the index over the old ones must go, too."""
+    ra.register()
+    ids, model = prompt_ids(300), tiny_model("llama")
+    cache = ra.RetrievalCache(model.config, small("scan", kv_dtype="int8"))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    memory = cache.memories[1]
+    index = memory.index()
+    keys, values = memory.store.read(0, 1)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr("retrieval_attn.offload.HostStore._write", _raising(OSError("full")))
+        memory.append(torch.zeros((1, 4, 1, 16)), keys[None] * 50, values[None])
+    memory.crop(301)
+    assert memory.index() is not index
+    covered = memory.far_keys()[:, : memory.index().n_keys]
+    assert (memory.index()._state.keys.array == covered.numpy()).all()
+
+
+def _raising(error):
+    def raising(*args, **kwargs):
+        raise error
+
+    return raising
+
+
+def test_a_fork_and_a_restored_session_go_on_where_the_last_step_was(folders, tmp_path):
+    """With a mass budget, how many keys a step asks for first depends on the step before."""
+    config = small("scan", top_k=8, mass=0.7, followup="retrieve", min_k=2)
+    llm = ra.load(folders("llama"), config, dtype="float32")
+    session = llm.session()
+    session.read(TEXT)
+    session.ask("How many?", max_new_tokens=30)
+    session.save(tmp_path / "saved")
+    sides = [session.fork(), llm.restore(tmp_path / "saved"), session]
+    for name in ("reach", "rest", "next_rest", "steps"):
+        wanted = [getattr(memory, name) for memory in session.cache.memories]
+        assert [getattr(memory, name) for memory in sides[0].cache.memories] == wanted
+    answers = [side.ask("And now, what of it?", max_new_tokens=40).token_ids for side in sides]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_answers_do_not_depend_on_when_the_background_is_done(folders, monkeypatch):
+    llm = ra.load(folders("llama"), small("scan", top_k=8), dtype="float32")
+    expected = llm.generate(TEXT, max_new_tokens=200).token_ids
+    append = retrieval_attn.far_index._append_next
+
+    def late(*args):
+        time.sleep(0.3)
+        append(*args)
+
+    monkeypatch.setattr("retrieval_attn.far_index._append_next", late)
+    assert llm.generate(TEXT, max_new_tokens=200).token_ids == expected
+
+
+def test_an_append_that_nobody_waits_for_does_no_harm(folders, monkeypatch, caplog):
+    """As if Ctrl-C had struck after it was handed over, and before its job was noted."""
+    ra.register()
+    model, ids = tiny_model("llama"), prompt_ids(400)
+    cache = ra.RetrievalCache(model.config, small("scan"))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for i in range(200):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            for memory in cache.memories:
+                memory.far_index._appending = None
+    assert "searched exactly" not in caplog.text
+    assert {memory.index().kind for memory in cache.memories} == {"scan"}
+
+
 class TestLimits:
+    def test_a_batch_shares_what_one_cache_may_hold(self, folders):
+        per_token = 3 * 2 * 2 * 16 * 4
+        llm = ra.load(folders("llama"), small(max_host_bytes=100 * per_token), dtype="float32")
+        with pytest.raises(ValueError, match="prompt 0 has 60 tokens, the maximum is 50"):
+            llm.generate(["x" * 60, "y" * 60])
+        done = llm.generate(["x" * 45, "y" * 40], max_new_tokens=20)
+        assert [(len(c.token_ids), c.stats.stop_reason) for c in done] == [(5, "context"), (10, "context")]
+
+    def test_rows_that_are_added_share_it_too(self):
+        ra.register()
+        model, per_token = tiny_model("llama"), 3 * 2 * 2 * 16 * 4
+        cache = ra.RetrievalCache(model.config, small(max_host_bytes=100 * per_token))
+        with torch.no_grad():
+            model(prompt_ids(40), past_key_values=cache)
+            cache.batch_repeat_interleave(2)
+            model(prompt_ids(10, batch=2), past_key_values=cache)
+            with pytest.raises(MemoryError, match="50 tokens fill max_host_bytes"):
+                model(prompt_ids(1, batch=2), past_key_values=cache)
+
     def test_max_tokens_limits_prompt_and_answer(self, folders):
         llm = ra.load(folders("llama"), small(max_tokens=100), dtype="float32")
         with pytest.raises(ValueError, match="the maximum is 100"):

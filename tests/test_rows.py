@@ -155,6 +155,31 @@ def test_bytes_on_disk_are_in_the_folder(tmp_path):
     assert before - psutil.disk_usage(str(tmp_path)).free < 20 << 20
 
 
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_is_shared_takes_no_room_on_disk(tmp_path, restored):
+    """One more token must not allocate room for all that a file or the origin holds."""
+    content = torch.ones((2, 200_000, 64))
+    rows = Rows(2, 1 << 20, 64, torch.float32, tmp_path, 0, 0)
+    if restored:
+        (tmp_path / "rows").write_bytes(content.numpy().tobytes())
+        rows.cover(OpenFile(os.open(tmp_path / "rows", os.O_RDONLY)), 0, 200_000)
+    else:
+        rows.write(0, content)
+        rows = rows.fork(200_000)
+    before = psutil.disk_usage(str(tmp_path)).free
+    rows.write(200_000, torch.ones((2, 1, 64)))
+    assert before - psutil.disk_usage(str(tmp_path)).free < 16 << 20
+
+
+def test_a_fork_opens_few_files():
+    """One for all heads: a model of many layers would else have no descriptors left."""
+    rows = rows_of(numbers(10_000, heads=16))
+    before = psutil.Process().num_fds()
+    fork = rows.fork(10_000)
+    assert psutil.Process().num_fds() - before <= 1
+    assert torch.equal(fork.tensor[:, :10_000], numbers(10_000, heads=16))
+
+
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
