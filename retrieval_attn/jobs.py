@@ -79,41 +79,60 @@ class Job:
         self._over.release()
 
 
-_Jobs = queue.SimpleQueue[Job | None]
+class _Queue:
+    """Jobs that wait, jobs that are not over, and whether a thread is at work on them."""
+
+    def __init__(self) -> None:
+        self.waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.open: list[Job] = []
+        self.served = False
+
+    def cancel(self) -> None:
+        for job in list(self.open):
+            job.cancel()
 
 
 class Worker:
-    """A thread that does jobs one after the other. It begins with the first job, and ends when the worker is dropped or
-    the interpreter leaves; jobs not done by then are cancelled."""
+    """A thread that does jobs one after the other, while there are any; those not over when the worker is dropped, or
+    the interpreter leaves, are cancelled.
+
+    The thread ends with the last job: OpenMP keeps threads of its own for each that ever ran a parallel loop, and with
+    more of them than cores all wait asleep. Decode steps took 1.6 times as long beside an idle one.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: _Jobs = queue.SimpleQueue()
-        self._open: list[Job] = []
-        self._begun = False
-        weakref.finalize(self, _end, self._jobs, self._open)
+        self._queue = _Queue()
+        weakref.finalize(self, self._queue.cancel)
 
     def submit(self, work: Callable[..., Any], *args: Any, **options: Any) -> Job:
         """Let the thread call `work`, after the jobs before."""
         job = Job(functools.partial(work, *args, **options))
-        self._open.append(job)
-        self._jobs.put(job)
-        if not self._begun:
-            # Interrupted before the next line, a second thread may begin, which does no harm.
-            thread = threading.Thread(target=_serve, args=(self._jobs, self._open), name=self._name, daemon=True)
-            _threads[thread] = self._jobs, self._open
-            thread.start()
-            self._begun = True
+        self._queue.open.append(job)
+        self._queue.waiting.put(job)
+        if not self._queue.served:
+            self._serve()
         return job
+
+    def _serve(self) -> None:
+        thread = threading.Thread(target=_serve, args=(self._queue,), name=self._name, daemon=True)
+        _threads[thread] = self._queue
+        try:
+            # Before it begins, for it may end at once.
+            self._queue.served = True
+            thread.start()
+        except BaseException:
+            # It may have begun nevertheless; then a second thread will come, which does no harm.
+            self._queue.served = False
+            raise
 
     def cancel(self) -> None:
         """Cancel all jobs that are not over."""
-        for job in list(self._open):
-            job.cancel()
+        self._queue.cancel()
 
 
 _own = threading.local()
-_threads: weakref.WeakKeyDictionary[threading.Thread, tuple[_Jobs, list[Job]]] = weakref.WeakKeyDictionary()
+_threads: weakref.WeakKeyDictionary[threading.Thread, _Queue] = weakref.WeakKeyDictionary()
 
 
 def is_cancelled() -> bool:
@@ -122,27 +141,29 @@ def is_cancelled() -> bool:
     return job is not None and job._cancelled
 
 
-def _serve(jobs: _Jobs, unfinished: list[Job]) -> None:
-    while (job := jobs.get()) is not None:
+def _serve(jobs: _Queue) -> None:
+    while True:
+        try:
+            job = jobs.waiting.get_nowait()
+        except queue.Empty:
+            jobs.served = False
+            # One that came before the last line has started no other thread.
+            if jobs.waiting.empty():
+                return
+            continue
         _own.job = job
         job.run()
         _own.job = None
-        unfinished.remove(job)
+        jobs.open.remove(job)
         # Between jobs nothing of the last one is held.
         del job
-
-
-def _end(jobs: _Jobs, unfinished: list[Job]) -> None:
-    for job in list(unfinished):
-        job.cancel()
-    jobs.put(None)
 
 
 @atexit.register
 def _leave() -> None:
     """Threads that still ran compiled code when the interpreter is taken down would take it down with a crash."""
     ending = list(_threads.items())
-    for _, (jobs, unfinished) in ending:
-        _end(jobs, unfinished)
+    for _, jobs in ending:
+        jobs.cancel()
     for thread, _ in ending:
         thread.join(_LEAVE_WITHIN_S)
