@@ -108,10 +108,6 @@ class LayerMemory:
         """(G, n_far, D), in CPU memory."""
         return self.far().keys
 
-    def far_values(self) -> Tensor:
-        """(G, n_far, Dv), in CPU memory."""
-        return self.far().values
-
     def wants_build(self) -> bool:
         """Whether there are far tokens that an index should cover, and there is none, nor a build under way."""
         far_index = self.far_index
