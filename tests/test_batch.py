@@ -280,7 +280,8 @@ class TestRefusals:
             llm.generate([TEXT], max_new_tokens=0)
 
     def test_memory_for_all_rows_together_before_any_work(self, llm, caches, monkeypatch):
-        one = llm.plan(len(llm.encode(TEXT)))
+        # The prompt, and the one token of its answer.
+        one = llm.plan(len(llm.encode(TEXT)) + 1)
         free = int(1.5 * (one.host + one.passing))
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
         llm.generate([TEXT], max_new_tokens=1)
