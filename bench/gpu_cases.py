@@ -1,7 +1,6 @@
 """Which long prompts are read under a cap on device memory, and whether there is time and memory for one."""
 
 import dataclasses
-import time
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from retrieval_attn.bench.gpu_end_to_end import prefill_seconds
 from retrieval_attn.bench.gpu_planned import budget_under, kv_bytes_per_token, planned
-from retrieval_attn.bench.machine import require_memory, synchronize
+from retrieval_attn.bench.machine import copy_seconds, require_memory
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import chunk_ends
 
@@ -93,11 +92,4 @@ def _expected_seconds(case: Case, model: LlamaForCausalLM, config: RetrievalConf
 def link_bandwidth(device: str) -> float:
     """Bytes per second from ordinary CPU memory to the device; the best of a few."""
     source = torch.ones(1 << 26, dtype=torch.uint8)
-    target, best = torch.empty_like(source, device=device), float("inf")
-    for _ in range(4):
-        synchronize(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return source.nbytes / best
+    return source.nbytes / copy_seconds(source, torch.empty_like(source, device=device))

@@ -60,6 +60,7 @@ class BatchRequest:
         self.stop_ids = frozenset(stop_ids)
         self._on_progress = on_progress or (lambda progress: None)
         self._mask = torch.empty(0)  # (B, tokens so far, padding included) bool, True = token
+        self._longest = 0
         self._shared = GenerationStats()
         self._drawn_at: list[float] = []  # seconds from the start to each round of tokens
 
@@ -71,6 +72,7 @@ class BatchRequest:
         builds under way are cancelled.
         """
         refuse_padding(self.cache, prompts)
+        self._longest = longest_context(self.model.config, self.cache.config, self.model.dtype, len(prompts))
         started = time.perf_counter()
         self.cache.reset_clocks()
         rows = [Row(ids, sampling, self.model.device) for ids, sampling in zip(prompts, samplings, strict=True)]
@@ -124,10 +126,9 @@ class BatchRequest:
         self._shared.itl_s.append(time.perf_counter() - step_started)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, started: float) -> None:
-        longest = longest_context(self.model.config, self.cache.config, self.model.dtype, len(rows))
         for i, row in enumerate(rows):
             if not row.stop_reason:
-                row.draw(logits[i : i + 1], self.stop_ids, longest)
+                row.draw(logits[i : i + 1], self.stop_ids, self._longest)
         self._drawn_at.append(time.perf_counter() - started)
 
     def _inputs(self, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Any]:

@@ -74,8 +74,8 @@ class RetrievalConfig:
     max_tokens: a hard limit for a context; None leaves it to the model.
     max_host_bytes: a hard limit for the keys and values of one cache on the host; None leaves it to the machine.
     seed: makes index builds repeatable.
-    threads: CPU threads for PyTorch, this package's kernels and index builds together; None means all cores. While a
-        build runs beside a request, each gets half of them.
+    threads: CPU threads; None means all cores. While an index is built beside a request, this package's loops on either
+        side get half of them; PyTorch's own threads stay as many.
 
     Raises ValueError naming the field, the rule and the value; unknown names are errors (TypeError).
     """

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from retrieval_attn.estimate import FarState, estimate, within_mass, worst_scores
+from retrieval_attn.far_index import Far
 from retrieval_attn.index import Index, SearchResult, build_index
 from retrieval_attn.kernels import AttentionState, attend_dense, attend_far, attend_near, merge
 from retrieval_attn.memory import LayerMemory
 
 LEAST_NORM = 1e-30
+
+# What is attended to without a search: the window, on its device, and the newest far keys, in CPU memory.
+Pair = tuple[AttentionState, AttentionState]
 
 
 @dataclass
@@ -99,19 +103,18 @@ def _with_far(
     query: Tensor, memory: LayerMemory, index: Index | None, near: AttentionState, scale: float, lap: Lap
 ) -> AttentionState:
     """The state merged with that of the far keys: those that the index covers by search, the newest ones exactly."""
-    store, clock = memory.store, lap.clock
-    newest = memory.far().after(0 if index is None else index.n_keys)
+    store, clock, far = memory.store, lap.clock, memory.far()
+    newest = far.after(0 if index is None else index.n_keys)
     # Stored rows may be integers, which take other queries, and give other outputs.
     on_host = store.folded(query.detach().float().cpu())
-    state = attend_near(on_host, newest.keys[None], newest.values[None], scale)
-    close = near._replace(lse=torch.logaddexp(near.lse.cpu(), state.lse))
+    read = state = attend_near(on_host, newest.keys[None], newest.values[None], scale)
     lap.to("gather")
     hits = found = None
     if index is not None:
-        hits = _find(on_host, memory, index, close, scale, clock)
+        hits = _find(on_host, memory, index, (near, read), scale, clock)
         lap.to("search")
-        found = _attend(on_host, memory, index, hits, scale)
-        state = merge(found.state, state)
+        found = _attend(on_host, memory, index, far.before(index.n_keys), hits, scale)
+        state = merge(found.state, read)
     state = AttentionState(store.unfolded(state.out).to(near.out.dtype), state.lse).to(query.device)
     lap.to("gather")
     out = merge(near, state)
@@ -119,20 +122,21 @@ def _with_far(
     _note(clock, memory, found, newest.length, out)
     every = memory.config.verify_every
     if every and hits is not None and index is not None and clock.steps % every == 0:
-        _verify(on_host, memory, index, hits, near, close, out, scale, clock)
+        _verify(on_host, memory, index, far, hits, (near, read), out, scale, clock)
     return out
 
 
 def _find(
-    query: Tensor, memory: LayerMemory, index: Index, close: AttentionState, scale: float, clock: StepClock
+    query: Tensor, memory: LayerMemory, index: Index, anyway: Pair, scale: float, clock: StepClock
 ) -> SearchResult:
-    """What the index finds; with `mass`, as much as that takes beside what is attended to anyway (`close`)."""
+    """What the index finds; with `mass`, as much as that takes beside what is attended to anyway."""
     config, n_far = memory.config, index.n_keys
     k = min(config.top_k + (config.estimator == "lift"), n_far)
     if config.mass is None:
         return _search(query, memory, index, k, clock)
     # What the last step needed is where this one begins.
     k = min(max(memory.reach or k, config.min_k), config.max_k, n_far)
+    close = anyway[1]._replace(lse=_lse_of(anyway))
     while True:
         hits = _search(query, memory, index, k, clock)
         n_found = np.sum(hits.ids >= 0, axis=-1)
@@ -155,10 +159,17 @@ def _search(query: Tensor, memory: LayerMemory, index: Index, k: int, clock: Ste
     return hits
 
 
-def _attend(query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult, scale: float) -> FarState:
-    config, (keys, values) = memory.config, memory.far().before(index.n_keys)
+def _lse_of(states: Pair) -> Tensor:
+    """Of both together, in CPU memory."""
+    return torch.logaddexp(states[0].lse.cpu(), states[1].lse)
+
+
+def _attend(
+    query: Tensor, memory: LayerMemory, index: Index, covered: Far, hits: SearchResult, scale: float
+) -> FarState:
+    config = memory.config
     return estimate(
-        query, keys, values, hits, scale, estimator=config.estimator,
+        query, *covered, hits, scale, estimator=config.estimator,
         tail=memory.tail() if config.estimator == "tail" else None, lift=index.lift, share_group=config.share_group,
     )  # fmt: skip
 
@@ -178,12 +189,11 @@ def _note(clock: StepClock, memory: LayerMemory, found: FarState | None, n_newes
 
 
 def _verify(
-    query: Tensor, memory: LayerMemory, index: Index, hits: SearchResult, near: AttentionState, close: AttentionState,
-    out: AttentionState, scale: float, clock: StepClock,
+    query: Tensor, memory: LayerMemory, index: Index, far: Far, hits: SearchResult, anyway: Pair, out: AttentionState,
+    scale: float, clock: StepClock,
 ) -> None:  # fmt: skip
     """Compute the step exactly, and add to the clock how far from it the output is; the output stays as it is."""
-    far = memory.far()
-    keys, values = far.before(index.n_keys)
+    near, (keys, values) = anyway[0], far.before(index.n_keys)
     whole = attend_near(query, far.keys[None], far.values[None], scale)
     whole = AttentionState(memory.store.unfolded(whole.out), whole.lse)
     exact = merge(AttentionState(near.out.float(), near.lse).to("cpu"), whole)
@@ -196,7 +206,7 @@ def _verify(
     ids = hits.ids[..., :-1] if sampled and hits.ids.shape[-1] < keys.shape[1] else hits.ids
     share_group = memory.config.share_group and not sampled
     read = attend_far(query, keys, values, ids, scale, share_group=share_group)
-    clock.mass += float(torch.exp(torch.logaddexp(read.lse, close.lse) - exact.lse).mean())
+    clock.mass += float(torch.exp(torch.logaddexp(read.lse, _lse_of(anyway)) - exact.lse).mean())
     oracle = build_index("exact", keys, seed=lift.seed if lift else 0, lift=lift.scale if lift else None)
     # A mass budget asks for as many as it kept; otherwise a head that found fewer has missed the others.
     n_wanted = np.sum(hits.ids >= 0, axis=-1) if memory.config.mass else np.full(ids.shape[:-1], hits.ids.shape[-1])

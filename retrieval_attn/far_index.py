@@ -98,21 +98,24 @@ class FarIndex:
         n = n_covered(far.length)
         if n == 0:
             return None
-        covered = far.before(n)
-        if self._building is not None:
-            self._take_build(self._building, covered)
-        if self._index is None:
-            self._build(covered, recipe())
-        self._follow(covered)
+        self._bring_up_to_date(far.before(n), recipe)
         if self.submit is not None and self._appending is None:
             self._appending = self.submit(_append_next, self._index, far.before(n + BATCH).keys, n)
         return self._view
 
     def to_save(self, far: Far, recipe: Callable[[], Recipe]) -> Index | None:
         """As `for_step`, but the index itself, with nothing under way."""
-        self.for_step(far, recipe)
+        if n := n_covered(far.length):
+            self._bring_up_to_date(far.before(n), recipe)
         self.truncate(far)
         return self._index
+
+    def _bring_up_to_date(self, covered: Far, recipe: Callable[[], Recipe]) -> None:
+        if self._building is not None:
+            self._take_build(self._building, covered)
+        if self._index is None:
+            self._build(covered, recipe())
+        self._follow(covered)
 
     def tail(self, far: Far) -> TailSummary:
         """The summary of exactly the keys that the last step searched; call `for_step` first."""

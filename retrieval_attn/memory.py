@@ -101,7 +101,7 @@ class LayerMemory:
 
     def far(self) -> Far:
         """The far tokens as stored; row i is token `split.sink_stop + i`."""
-        start, stop = self.split.sink_stop, self.split.far_stop
+        start, stop, _ = self.split
         return Far(self.store.keys(start, stop), self.store.values(start, stop))
 
     def far_keys(self) -> Tensor:

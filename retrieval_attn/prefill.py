@@ -76,7 +76,7 @@ class PrefillPolicy:
         As many KV heads at a time as the device has room for: a pattern may name any key.
         """
         G, T = keys.shape[1:3]
-        R, n = query.shape[1] // G, heads_at_once(memory, memory.length)
+        R, n = query.shape[1] // G, heads_at_once(memory, memory.length, query.device)
         states, choices = [], []
         for first in range(0, G, n):
             heads, asking = slice(first, min(first + n, G)), slice(first * R, min(first + n, G) * R)

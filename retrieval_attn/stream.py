@@ -53,9 +53,12 @@ def earlier(memory: LayerMemory, device: torch.device) -> Iterator[tuple[Tensor,
         yield from _brought(memory.store, spans, device)
 
 
-def heads_at_once(memory: LayerMemory, n_tokens: int) -> int:
-    """KV heads whose `n_tokens` keys and values take no more of the device than two tiles do; at least one."""
+def heads_at_once(memory: LayerMemory, n_tokens: int, device: torch.device) -> int:
+    """KV heads whose `n_tokens` keys and values take no more of the device than two tiles do; at least one. All of them
+    where `whole_heads` gives views."""
     G = memory.shape.kv_heads
+    if device.type == "cpu" and memory.config.kv_dtype != "int8":
+        return G
     return max(1, min(G, 2 * memory.config.prefill_tile * G // max(1, n_tokens)))
 
 

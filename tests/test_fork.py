@@ -173,17 +173,22 @@ def test_int8_stays_near_the_model(index):
     assert 0 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.2
 
 
-def test_int8_scales_that_change_build_the_index_anew():
+def int8_memory():
+    """Of one layer, 301 tokens long, with an index."""
     ra.register()
     ids, model = prompt_ids(300), tiny_model("llama")
     cache = ra.RetrievalCache(model.config, small("scan", kv_dtype="int8"))
     with torch.no_grad():
         model(ids, past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)
-        memory = cache.memories[1]
-        index = memory.index()
-        keys, values = memory.store.read(0, 1)
-        memory.append(torch.zeros((1, 4, 1, 16)), keys[None] * 50, values[None])
+    return cache.memories[1]
+
+
+def test_int8_scales_that_change_build_the_index_anew():
+    memory = int8_memory()
+    index = memory.index()
+    keys, values = memory.store.read(0, 1)
+    memory.append(torch.zeros((1, 4, 1, 16)), keys[None] * 50, values[None])
     assert memory.far_index.if_built is None
     assert memory.index() is not index
 
@@ -233,13 +238,7 @@ def test_a_crop_interrupted_then_a_longer_conversation(folders, monkeypatch, whe
 
 def test_int8_scales_that_change_in_an_append_that_fails(monkeypatch):
     """The rows were written anew before the error; the index over the old ones must go, too."""
-    ra.register()
-    ids, model = prompt_ids(300), tiny_model("llama")
-    cache = ra.RetrievalCache(model.config, small("scan", kv_dtype="int8"))
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)
-    memory = cache.memories[1]
+    memory = int8_memory()
     index = memory.index()
     keys, values = memory.store.read(0, 1)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):

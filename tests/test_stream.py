@@ -68,8 +68,12 @@ def test_whole_heads_are_all_tokens_of_some_heads(kv_dtype, heads):
 
 
 def test_as_many_heads_as_two_tiles_hold():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
     memory, _ = memory_of(1)
-    assert [heads_at_once(memory, n) for n in (1, 200, 201, 400, 10_000)] == [2, 2, 1, 1, 1]
+    assert [heads_at_once(memory, n, cuda) for n in (1, 200, 201, 400, 10_000)] == [2, 2, 1, 1, 1]
+    # Views take no room; what is read from int8 does.
+    assert heads_at_once(memory, 10_000, cpu) == 2
+    assert heads_at_once(memory_of(1, kv_dtype="int8")[0], 10_000, cpu) == 1
 
 
 def test_without_a_gpu_nothing_is_kept_twice():
