@@ -56,6 +56,80 @@ class Rival:
         return SearchResult(ids.astype(np.int32), np.where(ids < 0, -np.inf, scores).astype(np.float32), visited)
 
 
+class FrozenIndex:
+    """An `Index` over faiss's HNSW, for the runtime: built once over a prompt, while keys that come later are scanned.
+
+    Good for answers that are short beside their prompt. Not for `keys` of other lengths than it was built on, and not
+    to be saved.
+    """
+
+    kind = "hnsw"
+    lift = None
+
+    def __init__(self, rival: Rival, keys: Any, n_built: int, n_keys: int) -> None:
+        self._rival, self._keys, self._n_built, self.n_keys = rival, keys, n_built, n_keys
+
+    @classmethod
+    def build(cls, keys: Any, seed: int = 0) -> "FrozenIndex":
+        """Over keys (G, S, D) in CPU memory."""
+        return cls(build_rival("hnsw", keys, seed), keys, keys.shape[1], keys.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, S, D)."""
+        return (self._keys.shape[0], self.n_keys, self._keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the graph and of faiss's copy of the keys."""
+        return self._rival.nbytes
+
+    def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
+        """As `Index.search`; effort: efSearch, by default twice k."""
+        queries = np.ascontiguousarray(as_float32(as_array(q, "q")))
+        rows = queries[:, None] if queries.ndim == 2 else queries
+        found = [self._one(rows[:, t : t + 1], k, effort or 2 * k) for t in range(rows.shape[1])]
+        shape = queries.shape[:-1]
+        ids, scores, visited = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        return SearchResult(ids.reshape(*shape, k), scores.reshape(*shape, k), visited.reshape(shape))
+
+    def _one(self, query: Array, k: int, effort: int) -> SearchResult:
+        hit = self._rival.search(query, min(k, self._n_built), effort=effort)
+        short = k - hit.ids.shape[-1]
+        ids = np.pad(hit.ids, ((0, 0), (0, 0), (0, short)), constant_values=-1)
+        scores = np.pad(hit.scores, ((0, 0), (0, 0), (0, short)), constant_values=-np.inf)
+        if (n_late := self.n_keys - self._n_built) == 0:
+            return SearchResult(ids, scores, hit.visited)
+        late = np.repeat(as_float32(as_array(self._keys, "keys")[:, self._n_built : self.n_keys]),
+                         len(query) // self.shape[0], axis=0)  # fmt: skip
+        all_scores = np.concatenate([scores, np.einsum("htd,hnd->htn", query, late)], axis=-1)
+        all_ids = np.concatenate([ids, np.broadcast_to(np.arange(self._n_built, self.n_keys, dtype=np.int32),
+                                                       (*ids.shape[:2], n_late))], axis=-1)  # fmt: skip
+        order = np.argsort(-all_scores, axis=-1, kind="stable")[..., :k]
+        best = [np.take_along_axis(x, order, axis=-1) for x in (all_ids, all_scores)]
+        return SearchResult(best[0], best[1], hit.visited + n_late)
+
+    def append(self, new_keys: Any, *, keys: Any = None) -> None:
+        """The new keys (G, n, D) are the last of `keys`, which must be given, and are scanned from now on."""
+        self._keys, self.n_keys = keys, self.n_keys + new_keys.shape[1]
+
+    def truncate(self, n_keys: int) -> None:
+        """Forget keys from `n_keys` on; ValueError if HNSW holds one of them."""
+        if n_keys < self._n_built:
+            raise ValueError(f"HNSW cannot forget keys: it was built over {self._n_built}, asked to keep {n_keys}")
+        self.n_keys = n_keys
+
+    def fork(self, keys: Any = None) -> "FrozenIndex":
+        """Another one over the same keys; HNSW itself never changes."""
+        return FrozenIndex(self._rival, self._keys if keys is None else keys, self._n_built, self.n_keys)
+
+    snapshot = fork
+
+    def save(self, path: Any, with_keys: bool = True) -> None:
+        """Not offered."""
+        raise ValueError("an HNSW index of a benchmark is not saved; build it anew")
+
+
 def build_rival(
     kind: str, keys: Any, seed: int, n_lists: int | None = None, progress: Callable[[float], None] = lambda share: None
 ) -> Rival:

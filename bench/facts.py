@@ -18,7 +18,7 @@ from itertools import islice
 
 import numpy as np
 
-__all__ = ["Document", "Fact", "document", "make_facts", "plant", "prose", "sentences", "split_sentences"]
+__all__ = ["Document", "Essay", "Fact", "document", "make_facts", "plant", "prose", "sentences", "split_sentences"]
 
 
 @dataclass(frozen=True)
@@ -416,6 +416,36 @@ def _filler(filler: str | None, n_chars: int, seed: int, whole: bool = True) -> 
     text = (filler * (turns + 1))[start : start + n_chars]
     ends = [match.end() for match in _SENTENCE_END.finditer(text, max(0, n_chars - 2000))]
     return text[: ends[-1]] if whole and ends else _cut(text)
+
+
+class Essay:
+    """An endless text in words: one that a user named, from a seeded place on and again from its start, or generated
+    prose. Shorter stretches are the beginnings of longer ones."""
+
+    def __init__(self, text: str | None, rng: np.random.Generator) -> None:
+        self._text = None if text is None else text.split()
+        self._start = 0 if not self._text else int(rng.integers(len(self._text)))
+        self._seed = int(rng.integers(1 << 31))
+        self._words: list[str] = []
+
+    def words(self, n: int) -> str:
+        """Its first n words, a blank between them."""
+        if len(self._words) < n:
+            self._words = self._of_text(n) if self._text else self._generated(n)
+        return " ".join(self._words[:n])
+
+    def _of_text(self, n: int) -> list[str]:
+        assert self._text is not None
+        turns = 1 + (self._start + n) // len(self._text)
+        return (self._text * turns)[self._start :][:n]
+
+    def _generated(self, n: int) -> list[str]:
+        words: list[str] = []
+        for sentence in sentences(self._seed):
+            words += sentence.split()
+            if len(words) >= 2 * n:
+                break
+        return words
 
 
 def _cut(text: str) -> str:

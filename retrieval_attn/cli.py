@@ -36,11 +36,14 @@ if TYPE_CHECKING:
     from retrieval_attn.session import Session
 
 
+_BENCHMARKS = ("kernels", "latency", "long", "memory", "recall", "needle")
+
+
 class _Benchmarks(TyperGroup):
     """Imports a benchmark only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["kernels", "latency", "long", "memory", "recall"]
+        return sorted(_BENCHMARKS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):

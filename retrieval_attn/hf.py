@@ -296,11 +296,12 @@ class RetrievalLayer(DynamicLayer):
         if self._padding is not None:
             self._padding = self._padding[chosen]
 
-    def fork(self) -> "RetrievalLayer":
-        """An independent layer with the same tokens; what neither changes is held once."""
+    def fork(self, config: RetrievalConfig | None = None) -> "RetrievalLayer":
+        """An independent layer with the same tokens; what neither changes is held once. config: its own options."""
         twin = copy.copy(self)
-        twin.memories = [memory.fork() for memory in self.memories]
-        twin.policy, twin.clock = PrefillPolicy(self.config, self.policy.patterns), StepClock()
+        twin.config = config or self.config
+        twin.memories = [memory.fork(config) for memory in self.memories]
+        twin.policy, twin.clock = PrefillPolicy(twin.config, self.policy.patterns), StepClock()
         return twin
 
     def offload(self) -> None:
@@ -308,6 +309,10 @@ class RetrievalLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         """Nothing to do: only what is retrieved goes to the device."""
+
+
+# What a fork with options of its own shares with what it was forked from.
+_KEPT_BY_FORKS = ("kv_dtype", "kv_dir", "build_queries", "prefill")
 
 
 class RetrievalCache(DynamicCache):
@@ -364,14 +369,23 @@ class RetrievalCache(DynamicCache):
             for memory in layer.memories:
                 memory.far_index.submit = layer.submit
 
-    def fork(self) -> "RetrievalCache":
+    def fork(self, config: RetrievalConfig | None = None) -> "RetrievalCache":
         """An independent cache with the same tokens; what neither changes is held once, copy-on-write.
 
-        Waits for index builds that are under way. Both may go on, each in a thread of its own.
+        config: other options for the fork, so that one prompt, read once, is gone on with in different ways; its
+        indexes are then built anew. How tokens are stored and sampled must stay as it is: `kv_dtype`, `kv_dir`,
+        `build_queries` and the pattern of `prefill`. Waits for index builds that are under way. Both may go on, each
+        in a thread of its own.
+
+        Raises ValueError naming the option that cannot be another.
         """
+        for name in _KEPT_BY_FORKS if config is not None else ():
+            if getattr(config, name) != (now := getattr(self.config, name)):
+                raise ValueError(f"a fork must keep {name}={now!r}, got {getattr(config, name)!r}")
         twin = copy.copy(self)
+        twin.config = config or self.config
         twin.layers = [
-            layer.fork() if isinstance(layer, RetrievalLayer) else copy.deepcopy(layer) for layer in self.layers
+            layer.fork(config) if isinstance(layer, RetrievalLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         twin._own_threads()
         return twin

@@ -168,16 +168,23 @@ class LayerMemory:
         """Let the next step begin as if there had been none before it."""
         self.last_ids, self.reach = None, None
 
-    def fork(self) -> "LayerMemory":
+    def fork(self, config: RetrievalConfig | None = None) -> "LayerMemory":
         """An independent memory with the same tokens and index; what neither changes is held once.
 
-        Waits for a build that is under way.
+        config: other options for it; its window is then filled and its index built anew. Waits for a build that is
+        under way.
         """
-        twin = LayerMemory(self.config, self.shape, self.store.fork())
-        twin.window, twin.sample = self.window.copy(), self.sample.copy()
+        twin = LayerMemory(config or self.config, self.shape, self.store.fork())
+        twin.sample, twin.scale = self.sample.copy(), self.scale
+        twin._far_index.submit = self.far_index.submit
+        if twin.config != self.config:
+            if self.length:
+                twin.window.refill(self.length, self.window.device, twin.store.read)
+            return twin
+        twin.window = self.window.copy()
         twin._far_index = self.far_index.fork(self.far(), twin.far())
         twin._far_index.submit = self.far_index.submit
-        for name in ("scale", "steps", "last_ids", "reach", "rest", "next_rest"):
+        for name in ("steps", "last_ids", "reach", "rest", "next_rest"):
             setattr(twin, name, getattr(self, name))
         return twin
 

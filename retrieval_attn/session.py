@@ -21,11 +21,36 @@ _REPLY = "QQQreplyQQQ"
 _BETWEEN = "\n\n"
 
 
-class _Around(NamedTuple):
-    """What a chat template puts before and after the text of a user's turn."""
+class Around(NamedTuple):
+    """What a chat template puts before and after the text of a user's turn, and before an answer that stands in the
+    history where `after` has called for one."""
 
     before: str
     after: str
+    lead: str = ""
+
+
+def turn_frame(llm: "LLM", system: str | None, first: bool) -> Around:
+    """What the model's chat template puts around a user's turn: the first, or one after an answer.
+
+    Raises ValueError for a model without a template, or one that changes what is said.
+    """
+    history = [{"role": "system", "content": system}] if system else []
+    asked = {"role": "user", "content": _MARK}
+    if first:
+        before, after = _split(llm.render([*history, asked], add_generation_prompt=True))
+        return Around(before, after)
+    history += [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
+    before, after = _split(llm.render([*history, asked], add_generation_prompt=True))
+    told, _, before = before.rpartition(_REPLY)
+    # The call for the answer to "?" stands before the lead; some templates call otherwise than they tell.
+    return Around(before, after, told.rpartition(after)[2] if after and after in told else "")
+
+
+def _split(rendered: str) -> list[str]:
+    if rendered.count(_MARK) != 1:
+        raise ValueError("the chat template does not render a user's text exactly once; use token ids instead")
+    return rendered.split(_MARK)
 
 
 class Session:
@@ -199,18 +224,12 @@ class Session:
     def _has_template(self) -> bool:
         return bool(getattr(self.llm.tokenizer, "chat_template", None))
 
-    def _around_turn(self) -> _Around:
+    def _around_turn(self) -> Around:
         """What comes before and after the user's next text: the template's, or a blank line within an open turn."""
         if not self._has_template:
-            return _Around(_BETWEEN if self._turn_open else "", "")
-        history = [{"role": "system", "content": self.system}] if self.system else []
-        if self.token_ids and not self._turn_open:
-            history += [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
-        rendered = self.llm.render([*history, {"role": "user", "content": _MARK}], add_generation_prompt=True)
-        if rendered.count(_MARK) != 1:
-            raise ValueError("the chat template does not render a user's text exactly once; use token ids instead")
-        before, after = rendered.split(_MARK)
-        return _Around(_BETWEEN if self._turn_open else before.split(_REPLY)[-1], after)
+            return Around(_BETWEEN if self._turn_open else "", "")
+        around = turn_frame(self.llm, self.system, first=self._turn_open or not self.token_ids)
+        return around._replace(before=_BETWEEN) if self._turn_open else around
 
 
 class _Detokeniser:

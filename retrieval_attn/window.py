@@ -82,6 +82,23 @@ class Window:
             device = self._keys.device
             self.write(returning, keys[None].to(device), values[None].to(device), new_start)
 
+    def refill(self, length: int, device: torch.device, read: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
+        """Become, empty so far, the window over `length` tokens; `read` as in `crop`."""
+        local = max(min(self._n_sink, length), length - self._n_local)
+        keys, values = (torch.cat(pair, dim=1)[None].to(device) for pair in zip(
+            read(0, min(self._n_sink, length)), read(local, length), strict=True))  # fmt: skip
+        self._keys, self._values = self._allocate(keys), self._allocate(values)
+        self.length = length
+        tokens = [*range(min(self._n_sink, length)), *range(local, length)]
+        slots = torch.tensor([self._slot(p) for p in tokens], device=device)
+        self._keys.index_copy_(2, slots, keys)
+        self._values.index_copy_(2, slots, values)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the near tokens lie; the CPU as long as there are none."""
+        return torch.device("cpu") if self._keys is None else self._keys.device
+
     def copy(self) -> "Window":
         """An independent copy."""
         twin = copy.copy(self)

@@ -1,0 +1,372 @@
+"""Ways to go on with one prompt, by name: ours, stock transformers', and what each of them costs per turn.
+
+    spec = parse_method("graph:top_k=200:followup=exact")
+    bench = Bench(load(model))
+    read = bench.read(ids)                                # exact prefill, once, for every method that can share it
+    talk = bench.start(spec, read)                        # builds the index, copies the cache, ...
+    said = talk.answer(more_ids, max_new_tokens=32)       # more_ids begin with ids
+"""
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache
+
+from retrieval_attn.bench import rivals
+from retrieval_attn.bench.ann import FrozenIndex
+from retrieval_attn.bench.machine import synchronize
+from retrieval_attn.bench.streaming import StreamingLayer
+from retrieval_attn.build import needs_tail
+from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
+from retrieval_attn.far_index import n_covered
+from retrieval_attn.generate import Request, Sampling, follow_builds
+from retrieval_attn.hf import NAME, RetrievalCache, RetrievalLayer
+from retrieval_attn.kernels import TailSummary
+from retrieval_attn.llm import LLM
+
+OURS = (*INDEX_KINDS, "hnsw")
+STOCK = ("full", "folded", "streaming", "offloaded", "quantized")
+METHODS = (*STOCK, *OURS)
+
+WEIGHTS = ("int8", "int4")
+
+# Options of methods that are not fields of `RetrievalConfig`: what they are called, what they take, who takes them.
+_OTHER = {"weights": OURS + STOCK, "bits": ("quantized",), "backend": ("quantized",)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its options. label: as the user wrote it; two methods of one run differ in it."""
+
+    label: str
+    name: str
+    config: RetrievalConfig
+    weights: str = "auto"
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def shares_prefill(self) -> bool:
+        """Whether it goes on from an exact prefill by the same weights."""
+        return self.weights == "auto" and self.config.prefill == "dense"
+
+
+def parse_method(text: str, config: RetrievalConfig) -> Method:
+    """A method from NAME or NAME:OPTION=VALUE:..., options of `config` first.
+
+    Raises ValueError naming what is unknown, with what comes near to it.
+    """
+    name, *pairs = text.strip().split(":")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {_suggest(name, METHODS)}")
+    given: dict[str, str] = {}
+    for pair in pairs:
+        option, equals, value = pair.partition("=")
+        allowed = _options_of(name)
+        if option not in allowed or not equals:
+            raise ValueError(f"method {name!r} in {text!r}: unknown option {option!r}; {_suggest(option, allowed)}")
+        given[option] = value
+    own = {option: _value(option, given.pop(option)) for option in list(given) if option not in _OTHER}
+    weights = given.pop("weights", "auto")
+    if weights not in ("auto", *WEIGHTS):
+        raise ValueError(f"method {name!r}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    index = {"index": name} if name in INDEX_KINDS else {"index": "auto"} if name == "hnsw" else {}
+    return Method(text.strip(), name, replace(config, **index, **own), weights, tuple(given.items()))
+
+
+def _options_of(name: str) -> list[str]:
+    others = [option for option, takers in _OTHER.items() if name in takers]
+    if name == "streaming":
+        return ["n_sink", "n_local", *others]
+    return [*([f.name for f in fields(RetrievalConfig) if f.name != "index"] if name in OURS else []), *others]
+
+
+def _value(option: str, text: str) -> Any:
+    """A field of the config from its text; what it may be, the config itself says."""
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _suggest(word: str, allowed: Sequence[str]) -> str:
+    near = get_close_matches(word, allowed, 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(allowed)}"
+
+
+class Answer(NamedTuple):
+    """What a method said, and what that cost: seconds from asking to the first token and for each later one, the share
+    of the far keys that it looked at (None: all of them), bytes of keys and values and of indexes."""
+
+    text: str
+    token_ids: list[int]
+    ttft_s: float
+    itl_s: list[float]
+    visited: float | None
+    host_kv_bytes: int
+    device_kv_bytes: int
+    index_bytes: int
+
+
+class Talk(Protocol):
+    """A prompt that was read, and what is asked after it."""
+
+    read_s: float
+    build_s: float
+
+    def fork(self) -> "Talk":
+        """Another one from here on; what is asked of either, the other does not see."""
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        """Greedy tokens after `ids`, which begin with what was read; what is cached of them is not run again."""
+
+
+class Read(NamedTuple):
+    """A prompt that was read exactly, and the seconds it took."""
+
+    ids: list[int]
+    cache: RetrievalCache
+    seconds: float
+
+
+class Bench:
+    """One model, and whatever methods ask of it: the same weights for ours and stock attention, quantised ones on the
+    side.
+
+    load: makes the model with other weights, "int8" or "int4". Not for use from two threads.
+    """
+
+    def __init__(self, llm: LLM, load: Callable[[str], LLM]) -> None:
+        self.llm = llm
+        self._load = load
+        self._quantised: dict[str, LLM] = {}
+
+    def read(self, ids: list[int], on_progress: Callable[[Any], None] | None = None, after: Read | None = None) -> Read:
+        """Read ids exactly, by our prefill; what `after` has read of them is not read again."""
+        config = RetrievalConfig(index="exact", seed=self.llm.config.seed, threads=self.llm.config.threads)
+        cache = self._new_cache(self.llm, config) if after is None else after.cache.fork()
+        started = time.perf_counter()
+        Request(self.llm.model, cache, Sampling(), (), on_progress).read(ids)
+        cache.cancel_builds()
+        return Read(ids, cache, time.perf_counter() - started + (0 if after is None else after.seconds))
+
+    def start(
+        self, method: Method, ids: list[int], read: Read | None = None, on_progress: Callable[[Any], None] | None = None
+    ) -> Talk:
+        """The method after it has read ids: from a shared prefill if there is one and it may, else by itself.
+
+        Raises ImportError, MemoryError, RuntimeError or ValueError for what the machine or the model does not have.
+        """
+        llm = self._with_weights(method.weights)
+        shared = read if method.shares_prefill else None
+        if method.name in OURS:
+            return _start_ours(llm, method, ids, shared, on_progress)
+        return _start_stock(llm, method, ids, shared)
+
+    def _with_weights(self, weights: str) -> LLM:
+        if weights == "auto":
+            return self.llm
+        if weights not in self._quantised:
+            # One at a time: they may be large.
+            self._quantised.clear()
+            gc.collect()
+            self._quantised[weights] = self._load(weights)
+        return self._quantised[weights]
+
+    @staticmethod
+    def _new_cache(llm: LLM, config: RetrievalConfig) -> RetrievalCache:
+        return RetrievalCache(llm.model.config, config)
+
+
+class OurTalk:
+    """A conversation through `RetrievalCache`."""
+
+    def __init__(self, llm: LLM, cache: RetrievalCache, ids: list[int], read_s: float, build_s: float) -> None:
+        self._llm, self._cache, self._cached = llm, cache, ids
+        self.read_s, self.build_s = read_s, build_s
+
+    def fork(self) -> "OurTalk":
+        return OurTalk(self._llm, self._cache.fork(), self._cached, self.read_s, self.build_s)
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        keep = min(_common(ids, self._cached), len(ids) - 1)
+        self._cache.crop(keep - len(self._cached))
+        request = Request(self._llm.model, self._cache, Sampling(max_new_tokens=max_new_tokens), self._llm.stop_ids())
+        tokens = list(request.tokens(list(ids)))
+        self._cached = [*ids, *tokens][: self._cache.get_seq_length()]
+        stats = request.stats
+        return Answer(
+            self._llm.decode(tokens), tokens, stats.ttft_s, stats.itl_s, stats.visited_fraction, stats.host_kv_bytes,
+            stats.device_kv_bytes, stats.index_bytes,
+        )  # fmt: skip
+
+
+def _start_ours(
+    llm: LLM, method: Method, ids: list[int], read: Read | None, on_progress: Callable[[Any], None] | None
+) -> OurTalk:
+    if read is None:
+        started = time.perf_counter()
+        cache = RetrievalCache(llm.model.config, method.config)
+        Request(llm.model, cache, Sampling(), (), on_progress).read(ids)
+        read_s = time.perf_counter() - started
+    else:
+        cache, read_s = read.cache.fork(method.config), read.seconds
+    started = time.perf_counter()
+    if method.name == "hnsw":
+        cache.cancel_builds()
+        _build_hnsw(cache)
+    else:
+        cache.start_builds()
+        follow_builds(cache, on_progress or (lambda progress: None))
+    return OurTalk(llm, cache, ids, read_s, time.perf_counter() - started)
+
+
+def _build_hnsw(cache: RetrievalCache) -> None:
+    for memory in cache.memories:
+        far = memory.far()
+        if n := n_covered(far.length):
+            covered = far.before(n)
+            tail = TailSummary(*covered) if needs_tail(memory.config) else None
+            memory.far_index.adopt(FrozenIndex.build(covered.keys, memory.config.seed), tail, "asked for by a benchmark")
+
+
+class StockTalk:
+    """A conversation through stock transformers' attention and one of its caches, greedy."""
+
+    def __init__(
+        self, llm: LLM, implementation: str, cache: DynamicCache, ids: list[int], read_s: float, copies: bool
+    ) -> None:
+        """copies: the cache cannot go back, so that a fork is a copy of it."""
+        self._llm, self._implementation, self._cache, self._cached = llm, implementation, cache, ids
+        self._copies = copies
+        self.read_s, self.build_s = read_s, 0.0
+
+    def fork(self) -> "StockTalk":
+        # A cache that can go back exactly is rewound by the next answer instead: copies of it are large.
+        cache = copy.deepcopy(self._cache) if self._copies else self._cache
+        return StockTalk(self._llm, self._implementation, cache, self._cached, self.read_s, self._copies)
+
+    @torch.no_grad()
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        self._rewind(ids)
+        tokens: list[int] = []
+        laps: list[float] = []
+        stops = self._llm.stop_ids()
+        with attending(self._llm.model, self._implementation):
+            new = list(ids[self._cache.get_seq_length() :])
+            while not tokens or (tokens[-1] not in stops and len(tokens) < max_new_tokens):
+                started = time.perf_counter()
+                tokens.append(int(_forward(self._llm.model, new, self._cache).argmax(-1)))
+                laps.append(time.perf_counter() - started)
+                new = tokens[-1:]
+        self._cached = [*ids, *tokens][: self._cache.get_seq_length()]
+        device = sum(_nbytes(layer) for layer in self._cache.layers)
+        return Answer(self._llm.decode(tokens), tokens, laps[0], laps[1:], None, 0, device, 0)
+
+    def _rewind(self, ids: Sequence[int]) -> None:
+        keep = min(_common(ids, self._cached), len(ids) - 1)
+        extra = self._cache.get_seq_length() - keep
+        if extra > 0:
+            self._cache.crop(-extra)
+
+
+def _nbytes(layer: Any) -> int:
+    kept = (getattr(layer, name, None) for name in ("keys", "values", "_quantized_keys", "_quantized_values"))
+    return sum(x.nbytes for x in kept if isinstance(x, Tensor))
+
+
+def _forward(model: Any, ids: Sequence[int], cache: DynamicCache) -> Tensor:
+    tokens = torch.tensor([list(ids)], device=model.device)
+    start = cache.get_seq_length()
+    positions = torch.arange(start, start + tokens.shape[1], device=model.device)[None]
+    return model(
+        input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    ).logits[:, -1]
+
+
+@torch.no_grad()
+def _start_stock(llm: LLM, method: Method, ids: list[int], read: Read | None) -> StockTalk:
+    implementation = rivals.FOLDED if method.name == "folded" else "sdpa"
+    cache = _CACHES[method.name](llm.model, method)
+    started = time.perf_counter()
+    if read is not None:
+        _fill(cache, read.cache, llm.model)
+        read_s = read.seconds
+    else:
+        # One pass needs no mask, and takes half the time that chunks take.
+        with attending(llm.model, implementation):
+            tokens = torch.tensor([ids], device=llm.model.device)
+            llm.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        synchronize(str(llm.model.device))
+        read_s = time.perf_counter() - started
+    copies = method.name in ("streaming", "quantized")
+    return StockTalk(llm, implementation, cache, ids, read_s, copies)
+
+
+def _fill(cache: DynamicCache, source: RetrievalCache, model: Any) -> None:
+    """Give a stock cache the keys and values that ours has read; layers that are stock already are copied."""
+    for i, layer in enumerate(source.layers):
+        if not isinstance(layer, RetrievalLayer):
+            cache.layers[i] = copy.deepcopy(layer)
+            continue
+        memory = layer.memories[0]
+        keys, values = memory.store.read(0, memory.length)
+        cache.update(keys[None].to(model.device, copy=True), values[None].to(model.device, copy=True), i)
+
+
+def _streaming(model: Any, method: Method) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        StreamingLayer(method.config.n_sink, method.config.n_local) if type(layer).__name__ == "DynamicLayer" else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
+def _offloaded(model: Any, method: Method) -> DynamicCache:
+    if model.device.type != "cuda":
+        raise RuntimeError("transformers' offloaded cache moves layers between a GPU and the CPU; there is no GPU here")
+    return DynamicCache(config=model.config, offloading=True)
+
+
+def _quantized(model: Any, method: Method) -> DynamicCache:
+    given = dict(method.options)
+    bits = int(given.get("bits", 4))
+    return QuantizedCache(given.get("backend", "quanto"), model.config, nbits=bits)
+
+
+_CACHES: dict[str, Callable[[Any, Method], DynamicCache]] = {
+    "full": lambda model, method: DynamicCache(config=model.config),
+    "folded": lambda model, method: DynamicCache(config=model.config),
+    "streaming": _streaming,
+    "offloaded": _offloaded,
+    "quantized": _quantized,
+}
+
+
+@contextmanager
+def attending(model: Any, implementation: str) -> Iterator[None]:
+    """Inside, the model attends by another implementation that transformers knows; then by ours again."""
+    with rivals.folded_registered():
+        model.set_attn_implementation(implementation)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(NAME)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)

@@ -1,0 +1,124 @@
+"""Reports of the quality benchmarks as Markdown, JSON or CSV: scores first, then what they cost."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean, median
+from typing import Any
+
+from retrieval_attn.bench.latency import machine_note
+from retrieval_attn.bench.report_format import Row, as_csv, short, table
+
+Report = dict[str, Any]
+
+_COSTS = [
+    ("method", "method", "{}"),
+    ("context", "context", "{}"),
+    ("score %", "score", "{:.1f}"),
+    ("TTFT ms", "ttft_ms", "{:.0f}"),
+    ("read s", "read_s", "{:.2f}"),
+    ("build s", "build_s", "{:.2f}"),
+    ("ms/token", "tpot_ms", "{:.2f}"),
+    ("visited %", "visited_pct", "{:.1f}"),
+    ("KV MiB", "kv_bytes", "MiB"),
+    ("of it on the device", "device_kv_bytes", "MiB"),
+    ("index MiB", "index_bytes", "MiB"),
+    ("peak RSS MiB", "rss_bytes", "MiB"),
+    ("peak device MiB", "peak_device_bytes", "MiB"),
+]
+
+
+def render(report: Report, form: str, scores_only: bool = False) -> str:
+    """The report as text that ends in a line break; form: "md", "json" or "csv".
+
+    scores_only: without anything that differs from run to run.
+    """
+    from retrieval_attn.bench.quality_run import ROW_FIELDS, SCORE_FIELDS
+
+    fields = SCORE_FIELDS if scores_only else ROW_FIELDS
+    if form == "csv":
+        return as_csv([{**row, "refs": "|".join(row["refs"] or [])} for row in report["results"]], fields)
+    if form == "json":
+        kept = {key: value for key, value in report.items() if not (scores_only and key == "env")}
+        kept["results"] = [{key: row[key] for key in fields} for row in report["results"]]
+        return json.dumps(kept, indent=1, allow_nan=False) + "\n"
+    return _as_markdown(report, scores_only)
+
+
+def _as_markdown(report: Report, scores_only: bool) -> str:
+    parts = [f"{report['bench']}: score in %, mean over answers", score_table(report)]
+    if not scores_only:
+        parts.append(table(_COSTS, cost_lines(report["results"])))
+    notes = [*report["notes"], *_reasons(report["results"])]
+    if not scores_only:
+        notes.insert(0, machine_note(report["env"]))
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def score_table(report: Report) -> str:
+    """A line per task, length, mode and turn (or depth); a column per method. Only what varies has a column."""
+    rows = report["results"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    keys = [key for key in ("task", "context", "mode", "turn", "depth") if _varies(rows, key)]
+    if "turn" in keys:
+        # Of several turns each has a depth of its own: the turn tells.
+        keys = [key for key in keys if key != "depth"]
+    keys = keys or ["task"]
+    lines = []
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        own = [row for row in rows if tuple(row[key] for key in keys) == group]
+        lines.append({**dict(zip(keys, map(_word, keys, group), strict=True)), **_scores(own, methods)})
+    if len(lines) > 1:
+        lines.append({**dict.fromkeys(keys, ""), keys[0]: "all", **_scores(rows, methods)})
+    columns = [(key, key, "{}") for key in keys] + [(method, f"={method}", "{}") for method in methods]
+    return table([*columns, ("answers", "n", "{}")], lines)
+
+
+def _varies(rows: Sequence[Row], key: str) -> bool:
+    return len({row[key] for row in rows if row[key] is not None}) > 1
+
+
+def _word(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return short(value) if key == "context" else f"{value:.2f}" if key == "depth" else str(value)
+
+
+def _scores(rows: Sequence[Row], methods: Sequence[str]) -> Row:
+    line: Row = {"n": 0}
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        scored = [row["score"] for row in own if row["score"] is not None]
+        line[f"={method}"] = f"{100 * mean(scored):.1f}" if scored else (own[0]["status"] if own else "")
+        line["n"] = max(line["n"], len(scored))
+    return line
+
+
+def cost_lines(rows: Sequence[Row]) -> list[Row]:
+    """A line per method and length: medians over answers, the largest peaks."""
+    lines = []
+    for method, context in dict.fromkeys((row["method"], row["context"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["context"]) == (method, context) and row["status"] == "ok"]
+        if own:
+            lines.append({"method": method, "context": short(context), **_cost_of(own)})
+    return lines
+
+
+def _cost_of(rows: Sequence[Row]) -> Row:
+    line = {key: _over(median, rows, key) for key in ("ttft_ms", "tpot_ms", "visited_pct", "read_ms", "build_ms")}
+    line |= {key: _over(max, rows, key) for key in
+             ("kv_bytes", "device_kv_bytes", "index_bytes", "rss_bytes", "peak_device_bytes")}  # fmt: skip
+    line["score"] = 100 * mean(row["score"] for row in rows)
+    line["read_s"], line["build_s"] = line["read_ms"] / 1e3, line["build_ms"] / 1e3
+    return line
+
+
+def _over(combine: Callable[[Iterable[float]], float], rows: Sequence[Row], key: str) -> float | None:
+    known = [row[key] for row in rows if row[key] is not None]
+    return combine(known) if known else None
+
+
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    """Why methods failed, each once."""
+    return list(dict.fromkeys(f"{row['method']}: {row['reason']}" for row in rows if row["reason"]))
