@@ -105,54 +105,62 @@ class Prompts:
         return len(self.context(example)) + len(self._first_turn(example, 0))
 
     def room(self, example: Example) -> int:
-        """Tokens that its turns may add to its context: questions, golden answers and room for the last answer."""
-        turns = [len(self._encode(turn.ask + turn.prefix + turn.golden + self._next.before)) for turn in example.turns]
-        return sum(turns) + max(turn.max_new_tokens for turn in example.turns)
+        """Tokens that its turns may add to its context, at most: questions, golden answers and the last answer."""
+        before, after, lead = self._next
+        turns = [f"{before}{turn.ask}{after}{turn.prefix}{lead}{turn.golden}" for turn in example.turns]
+        return sum(len(self._encode(turn)) for turn in turns) + max(turn.max_new_tokens for turn in example.turns)
 
 
 def fit(make: Callable[[int], Example], n_tokens: int, prompts: Prompts, longest: int) -> Example:
     """The example of the largest size whose prompt (context and first turn) has at most n_tokens tokens.
 
-    make: an example of a given size, in units of its haystack (lines, words, pairs); deterministic, longer for larger
-    sizes. longest: tokens that the model takes, answers included. Prompts are within 1 % of n_tokens, or within one
-    unit where a unit is more than that. Raises ValueError if the model is too short, or n_tokens is.
+    make: an example of a given size, in units of its haystack (lines, words, pairs) of at least a token each;
+    deterministic, longer for larger sizes until its text ends. longest: tokens that the model takes, answers included.
+    Prompts are within 1 % of n_tokens, or within one unit where a unit is more than that. Raises ValueError if the
+    model is too short, or n_tokens is, or the text.
     """
-    least = make(1)
-    room = prompts.room(least)
-    if n_tokens * (1 - TOLERANCE) + room > longest:
-        raise ValueError(
-            f"a context of {n_tokens} tokens and {room} more for the turns of {least.task} are longer than the model's "
-            f"{longest}; ask for fewer"
-        )
-    # Turns come on top of the context, unless the model has no room for them.
-    most = min(n_tokens, longest - room)
-    if (at_least := prompts.count(least)) > most:
-        raise ValueError(f"{least.task} needs at least {at_least} tokens, got {n_tokens}; ask for a longer context")
-    return _largest(make, most, prompts, at_least)
+    example, most, room = make(1), 0, 0
+    # Small examples have fewer turns: what is found may need more room than was left for it.
+    while (needed := prompts.room(example)) > room:
+        room = needed
+        if n_tokens * (1 - TOLERANCE) + room > longest:
+            raise ValueError(
+                f"a context of {n_tokens} tokens and {room} more for the turns of {example.task} are longer than the "
+                f"model's {longest}; ask for fewer"
+            )
+        # Turns come on top of the context, unless the model has no room for them.
+        sought, most = most, min(n_tokens, longest - room)
+        if most != sought:
+            example = _largest(make, most, prompts)
+    return example
 
 
-def _largest(make: Callable[[int], Example], most: int, prompts: Prompts, at_least: int) -> Example:
+def _largest(make: Callable[[int], Example], most: int, prompts: Prompts) -> Example:
     """Secant steps towards `most` tokens between a size known to fit and one known not to."""
-    low, low_tokens, high = 1, at_least, None
-    best, slope = make(1), 8.0
+    best, low, high, slope = make(1), 1, None, 8.0
+    if (low_tokens := prompts.count(best)) > most:
+        raise ValueError(f"{best.task} needs at least {low_tokens} tokens, got {most}; ask for a longer context")
     while high is None or high - low > 1:
         step = max(1, int((most - low_tokens) / slope))
         size = low + step if high is None else min(low + step, high - 1)
         example = make(size)
         tokens = prompts.count(example)
-        if tokens > low_tokens:
-            slope = (tokens - low_tokens) / (size - low) if size > low else slope
+        # Where nothing was added, counts are rounded or the text has ended: look further on.
+        slope = (tokens - low_tokens) / (size - low) if tokens > low_tokens else slope / 2
         if tokens > most:
             high = size
             continue
         best, low, low_tokens = example, size, tokens
         # A unit more would be more than is missing: good enough, though a shorter one might still fit.
-        if most - tokens < slope:
+        if most - tokens < slope or size > most:
             break
+    if low > most and most - low_tokens > TOLERANCE * most:
+        raise ValueError(f"{best.task} has text for {low_tokens} tokens only, got {most}; ask for a shorter context")
     return best
 
 
 def rng_of(*words: int | str) -> np.random.Generator:
     """A generator for these numbers and names: the same on every machine, independent for different ones."""
-    seeds = [word if isinstance(word, int) else int.from_bytes(word.encode()) % (1 << 61) for word in words]
-    return np.random.default_rng(seeds)
+    seeds = [word if isinstance(word, int) else int.from_bytes(word.encode()) for word in words]
+    # Zeros at the end make no difference to NumPy.
+    return np.random.default_rng([*seeds, len(words)])

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, Self
 
+import torch
 import typer
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ MODEL_ARGS = ("pretrained", "device", "dtype", "weights", "max_gen_toks", *CONFI
 
 
 def command(context: typer.Context) -> None:
-    """Run lm-evaluation-harness (pip install 'retrieval-attn[eval]'); all arguments are its own.
+    """Run lm-evaluation-harness, which the extra "eval" installs; all arguments are its own.
 
     retrieval-attn bench harness --model retrieval --model_args index=scan,top_k=200 --tasks TASK
 
@@ -109,6 +110,25 @@ class HarnessModel:
         self.tokenizer = self.llm.tokenizer
         self._scorer = Scorer(self.llm)
         self._device = self.llm.model.device
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        """A model from --model_args, which have the last word, and what else lm_eval's command line says.
+
+        Without CUDA, a CUDA device named there gives way to "auto", because lm_eval names one when nobody did.
+        """
+        said = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if str(said.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            log.info("PyTorch sees no CUDA device; device=%s is taken for 'auto'", said["device"])
+            said["device"] = "auto"
+        return cls(**said | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        """As `create_from_arg_obj`, from text such as "index=scan,top_k=200"."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log probability of each continuation, and whether it is the greedy one; see `Scorer.pair` and `scores`."""

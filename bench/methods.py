@@ -1,10 +1,10 @@
 """Ways to go on with one prompt, by name: ours, stock transformers', and what each of them costs per turn.
 
-    spec = parse_method("graph:top_k=200:followup=exact")
-    bench = Bench(load(model))
-    read = bench.read(ids)                                # exact prefill, once, for every method that can share it
-    talk = bench.start(spec, read)                        # builds the index, copies the cache, ...
-    said = talk.answer(more_ids, max_new_tokens=32)       # more_ids begin with ids
+spec = parse_method("graph:top_k=200:followup=exact")
+bench = Bench(load(model))
+read = bench.read(ids)                                # exact prefill, once, for every method that can share it
+talk = bench.start(spec, read)                        # builds the index, copies the cache, ...
+said = talk.answer(more_ids, max_new_tokens=32)       # more_ids begin with ids
 """
 
 import copy
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
+from transformers.cache_utils import DynamicLayer
 
 from retrieval_attn.bench import rivals
 from retrieval_attn.bench.ann import FrozenIndex
@@ -212,6 +213,25 @@ class OurTalk:
             stats.device_kv_bytes, stats.index_bytes,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int]) -> tuple[Tensor, list[float], float | None]:
+        """Go on with ids, one token at a time, whatever the model would say itself.
+
+        Returns the logits after each, (n, V) float32 in CPU memory, its seconds, and the share of the far keys that was
+        looked at (None: all of them).
+        """
+        self._cache.reset_clocks()
+        logits, laps = [], []
+        with self._cache.working():
+            for token in ids:
+                started = time.perf_counter()
+                logits.append(_forward(self._llm.model, [token], self._cache).float().cpu())
+                laps.append(time.perf_counter() - started)
+        self._cached = [*self._cached, *ids]
+        clocks = [layer.clock for layer in self._cache.retrieval_layers]
+        far = sum(clock.far for clock in clocks)
+        return torch.cat(logits), laps, sum(clock.visited for clock in clocks) / far if far else 0.0
+
 
 def _start_ours(
     llm: LLM, method: Method, ids: list[int], read: Read | None, on_progress: Callable[[Any], None] | None
@@ -239,7 +259,9 @@ def _build_hnsw(cache: RetrievalCache) -> None:
         if n := n_covered(far.length):
             covered = far.before(n)
             tail = TailSummary(*covered) if needs_tail(memory.config) else None
-            memory.far_index.adopt(FrozenIndex.build(covered.keys, memory.config.seed), tail, "asked for by a benchmark")
+            memory.far_index.adopt(
+                FrozenIndex.build(covered.keys, memory.config.seed), tail, "asked for by a benchmark"
+            )
 
 
 class StockTalk:
@@ -265,15 +287,29 @@ class StockTalk:
         laps: list[float] = []
         stops = self._llm.stop_ids()
         with attending(self._llm.model, self._implementation):
-            new = list(ids[self._cache.get_seq_length() :])
+            new, cache = list(ids[self._cache.get_seq_length() :]), self._cache
             while not tokens or (tokens[-1] not in stops and len(tokens) < max_new_tokens):
                 started = time.perf_counter()
-                tokens.append(int(_forward(self._llm.model, new, self._cache).argmax(-1)))
+                tokens.append(int(_forward(self._llm.model, new, cache).argmax(-1)))
                 laps.append(time.perf_counter() - started)
+                # The next question follows another answer than this: what cannot go back stays before it.
+                cache = copy.deepcopy(cache) if self._copies and len(tokens) == 1 else cache
                 new = tokens[-1:]
         self._cached = [*ids, *tokens][: self._cache.get_seq_length()]
         device = sum(_nbytes(layer) for layer in self._cache.layers)
         return Answer(self._llm.decode(tokens), tokens, laps[0], laps[1:], None, 0, device, 0)
+
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int]) -> tuple[Tensor, list[float], float | None]:
+        """As `OurTalk.feed`."""
+        logits, laps = [], []
+        with attending(self._llm.model, self._implementation):
+            for token in ids:
+                started = time.perf_counter()
+                logits.append(_forward(self._llm.model, [token], self._cache).float().cpu())
+                laps.append(time.perf_counter() - started)
+        self._cached = [*self._cached, *ids]
+        return torch.cat(logits), laps, None
 
     def _rewind(self, ids: Sequence[int]) -> None:
         keep = min(_common(ids, self._cached), len(ids) - 1)
@@ -329,7 +365,7 @@ def _fill(cache: DynamicCache, source: RetrievalCache, model: Any) -> None:
 def _streaming(model: Any, method: Method) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [
-        StreamingLayer(method.config.n_sink, method.config.n_local) if type(layer).__name__ == "DynamicLayer" else layer
+        StreamingLayer(method.config.n_sink, method.config.n_local) if type(layer) is DynamicLayer else layer
         for layer in cache.layers
     ]
     return cache

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from retrieval_attn.bench import facts
 from retrieval_attn.bench.examples import Example, Turn, rng_of
+from retrieval_attn.bench.ruler_tasks import inserted_text
 
 NEEDLE = "The special magic {city} number is: {number}"
 BEGIN = (
@@ -35,9 +36,11 @@ def needle_maker(
     def make(size: int) -> Example:
         sentences = facts.split_sentences(essay.words(size))
         at = round(depth * len(sentences))
-        planted = f"{needle}. " if plain else f"\n{needle}\n"
-        context = begin + "".join([*sentences[:at], planted, *sentences[at:]]).strip()
+        if plain:
+            body = inserted_text(sentences, [f"{needle}."], [at])
+        else:
+            body = "".join([*sentences[:at], f"\n{needle}\n", *sentences[at:]]).strip()
         turn = Turn(ask, (number,), "contains", MAX_NEW_TOKENS, golden=number, depth=depth)
-        return Example("needle", f"{n_tokens}-{depth:.3f}-{sample}", context, (turn,), facts={"needle": needle})
+        return Example("needle", f"{n_tokens}-{depth:.3f}-{sample}", begin + body, (turn,), facts={"needle": needle})
 
     return make

@@ -14,6 +14,9 @@ from retrieval_attn.bench.report_format import FORMATS, Row
 
 Report = dict[str, Any]
 
+# A report as text: the report, its form, and whether scores are all that is wanted.
+Render = Callable[[Report, str, bool], str]
+
 
 class Output:
     """Where a report goes. Made, and so checked, before anything is measured."""
@@ -33,10 +36,14 @@ class Output:
             report_format.check_writable(out, "--out")
         self.kept = None if out is None else Kept(out, config, resume)
 
-    def write(self, report: Report, plot: Callable[[Report, Path], None]) -> None:
-        """Print the report, write it, draw it. What was kept is let go only then."""
-        from retrieval_attn.bench.quality_format import render
+    def write(self, report: Report, plot: Callable[[Report, Path], None], render: Render | None = None) -> None:
+        """Print the report, write it, draw it. What was kept is let go only then.
 
+        render: as `quality_format.render`, which is for answers, and taken by default.
+        """
+        from retrieval_attn.bench import quality_format
+
+        render = render or quality_format.render
         sys.stdout.write(render(report, self.form, self.scores_only))
         if self.out is not None:
             self.out.write_text(render(report, "json", self.scores_only))
@@ -113,7 +120,14 @@ def read_haystack(path: str | None) -> str | None:
 def bar(what: str) -> Iterator[Callable[[str, float], None]]:
     """A bar on stderr, with the time left; off a terminal a line whenever something else is done."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     if not sys.stderr.isatty():
         said: list[str] = []

@@ -13,6 +13,8 @@ Report = dict[str, Any]
 _COSTS = [
     ("method", "method", "{}"),
     ("context", "context", "{}"),
+    ("mode", "mode", "{}"),
+    ("turn", "turn", "{}"),
     ("score %", "score", "{:.1f}"),
     ("TTFT ms", "ttft_ms", "{:.0f}"),
     ("read s", "read_s", "{:.2f}"),
@@ -47,7 +49,9 @@ def render(report: Report, form: str, scores_only: bool = False) -> str:
 def _as_markdown(report: Report, scores_only: bool) -> str:
     parts = [f"{report['bench']}: score in %, mean over answers", score_table(report)]
     if not scores_only:
-        parts.append(table(_COSTS, cost_lines(report["results"])))
+        # What a shared context saves shows from the second turn on.
+        keys = ("method", "context", "mode", "turn") if report["bench"] == "scbench" else ("method", "context")
+        parts.append(table(_COSTS, cost_lines(report["results"], keys)))
     notes = [*report["notes"], *_reasons(report["results"])]
     if not scores_only:
         notes.insert(0, machine_note(report["env"]))
@@ -56,18 +60,21 @@ def _as_markdown(report: Report, scores_only: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# What tells answers apart, in the order in which a table names it.
+_KEYS = ("task", "context", "mode", "turn")
+
+
 def score_table(report: Report) -> str:
-    """A line per task, length, mode and turn (or depth); a column per method. Only what varies has a column."""
+    """A line per task, length, mode and turn (in a needle test: depth); a column per method. Only what varies has a
+    column of its own."""
     rows = report["results"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    keys = [key for key in ("task", "context", "mode", "turn", "depth") if _varies(rows, key)]
-    if "turn" in keys:
-        # Of several turns each has a depth of its own: the turn tells.
-        keys = [key for key in keys if key != "depth"]
-    keys = keys or ["task"]
+    candidates = ("task", "context", "depth") if report["bench"] == "needle" else _KEYS
+    keys = [key for key in candidates if len({row[key] for row in rows if row[key] is not None}) > 1] or ["task"]
     lines = []
-    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        own = [row for row in rows if tuple(row[key] for key in keys) == group]
+    for group in _groups(rows, keys):
+        # A method that failed has one row for all turns.
+        own = [row for row in rows if all(row[key] in (None, value) for key, value in zip(keys, group, strict=True))]
         lines.append({**dict(zip(keys, map(_word, keys, group), strict=True)), **_scores(own, methods)})
     if len(lines) > 1:
         lines.append({**dict.fromkeys(keys, ""), keys[0]: "all", **_scores(rows, methods)})
@@ -75,8 +82,9 @@ def score_table(report: Report) -> str:
     return table([*columns, ("answers", "n", "{}")], lines)
 
 
-def _varies(rows: Sequence[Row], key: str) -> bool:
-    return len({row[key] for row in rows if row[key] is not None}) > 1
+def _groups(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[Any, ...]]:
+    found = [tuple(row[key] for key in keys) for row in rows]
+    return list(dict.fromkeys(group for group in found if None not in group)) or found[:1]
 
 
 def _word(key: str, value: Any) -> str:
@@ -95,13 +103,13 @@ def _scores(rows: Sequence[Row], methods: Sequence[str]) -> Row:
     return line
 
 
-def cost_lines(rows: Sequence[Row]) -> list[Row]:
-    """A line per method and length: medians over answers, the largest peaks."""
-    lines = []
-    for method, context in dict.fromkeys((row["method"], row["context"]) for row in rows):
-        own = [row for row in rows if (row["method"], row["context"]) == (method, context) and row["status"] == "ok"]
-        if own:
-            lines.append({"method": method, "context": short(context), **_cost_of(own)})
+def cost_lines(rows: Sequence[Row], keys: Sequence[str] = ("method", "context")) -> list[Row]:
+    """A line per method and length (or as `keys` say): medians over answers, the largest peaks."""
+    good, lines = [row for row in rows if row["status"] == "ok"], []
+    for group in _groups(good, keys) if good else ():
+        own = [row for row in good if tuple(row[key] for key in keys) == group]
+        named = dict(zip(keys, group, strict=True))
+        lines.append({"mode": None, "turn": None, **named, "context": short(named["context"]), **_cost_of(own)})
     return lines
 
 

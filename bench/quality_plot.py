@@ -81,7 +81,9 @@ def plot_bars(report: Report, path: Path) -> None:
     axes.set_ylim(0, 105)
     axes.set_title(f"{report['bench']}, {_where(report)}", fontsize=10)
     if rows:
-        axes.legend(frameon=False, fontsize=8, ncols=min(6, len(methods)), loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        axes.legend(
+            frameon=False, fontsize=8, ncols=min(6, len(methods)), loc="upper center", bbox_to_anchor=(0.5, -0.2)
+        )
     axes.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=150)
 

@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from retrieval_attn.bench.examples import Example, Prompts
 from retrieval_attn.bench.latency_layer import status_of
 from retrieval_attn.bench.machine import PeakMemory
 from retrieval_attn.bench.methods import Answer, Bench, Method, Read, Talk
-from retrieval_attn.bench.report_format import Row
+from retrieval_attn.bench.report_format import Row, short
 from retrieval_attn.bench.scoring import score
 
 MULTI_TURN, MULTI_REQUEST = MODES = ("multi-turn", "multi-request")
@@ -60,24 +59,40 @@ class Runner:
     """Runs what is planned. share: read each prompt once for all methods that may; else each reads it, and is timed."""
 
     def __init__(
-        self, bench: Bench, methods: Sequence[Method], device: str, share: bool = True, on_advance: OnAdvance | None = None
+        self,
+        bench: Bench,
+        methods: Sequence[Method],
+        device: str,
+        share: bool = True,
+        on_advance: OnAdvance | None = None,
     ) -> None:
         self._bench, self._methods, self._device, self._share = bench, methods, device, share
         self._prompts = Prompts(bench.llm)
         self._on_advance = on_advance or (lambda advance: None)
         self._hopeless: dict[str, str] = {}
         self._done = self._total = 0.0
+        # The context read last: the other mode of the same example begins with it.
+        self._last: tuple[tuple[str, int, str], Read] | None = None
 
     def rows(self, plan: Sequence[Planned], done: Sequence[Row] = ()) -> Iterator[Row]:
-        """The rows of the plan, without those of `done`, as they are made. An example's rows of one method come
-        together, so that a run that ends between them can be taken up."""
+        """The rows of the plan, without those of `done`, as they are made.
+
+        A method that was interrupted between the turns of an example goes through all of them again: rows of `done`
+        that have not all turns must not be given.
+        """
         known = {(row["task"], row["context"], row["example"], row["mode"], row["method"]) for row in done}
         left = [(one, [m for m in self._methods if (*_key(one), m.label) not in known]) for one in plan]
-        self._total = sum(_weight(one, len(self._methods)) for one in plan)
-        self._done = self._total - sum(_weight(one, len(methods)) for one, methods in left if methods)
+        self._total = sum(self._weight(one, self._methods) for one in plan)
+        self._done = self._total - sum(self._weight(one, methods) for one, methods in left)
         for one, methods in left:
             if methods:
+                until = self._done + self._weight(one, methods)
                 yield from self._example(one, methods)
+                self._done = until
+
+    def _weight(self, one: Planned, methods: Sequence[Method]) -> float:
+        n_reads = min(1, len(methods)) if self._share else len(methods)
+        return n_reads * _cost(one.context) + len(methods) * _METHOD_WEIGHT * one.context
 
     def _example(self, one: Planned, methods: Sequence[Method]) -> Iterator[Row]:
         try:
@@ -86,20 +101,26 @@ class Runner:
             yield from (failed(one, method.label, error) for method in methods)
             return
         ids = self._prompts.context(example)
-        first = self._prompts.request(ids, example, 0)
         # In many turns the first question is read with the context, as in SCBench; all but its last token.
-        start = ids if one.mode == MULTI_REQUEST else first[:-1]
-        read = self._read(one, start) if self._share and any(m.shares_prefill for m in methods) else None
+        start = ids if one.mode == MULTI_REQUEST else self._prompts.request(ids, example, 0)[:-1]
+        try:
+            read = self._read(one, ids, start) if self._share and any(m.shares_prefill for m in methods) else None
+        except FAILURES as error:
+            yield from (failed(one, method.label, error) for method in methods)
+            return
         for method in methods:
             self._tell(one, method.label, 0)
             yield from self._method(one, example, method, ids, start, read)
-            self._done += _weight(one, 0) if not self._share else _METHOD_WEIGHT * one.context
-        if self._share:
-            self._done += _weight(one, 0)
+            self._done += _METHOD_WEIGHT * one.context + (0 if self._share else _cost(one.context))
 
-    def _read(self, one: Planned, ids: list[int]) -> Read:
-        whole = _weight(one, 0)
-        return self._bench.read(ids, lambda p: self._tell(one, "reading", whole * _cost(p.done) / _cost(p.total or 1)))
+    def _read(self, one: Planned, ids: list[int], start: list[int]) -> Read:
+        name = one.task, one.context, one.example
+        if self._last is None or self._last[0] != name:
+            self._last = None  # Before the next one is read: it may be as large as memory allows.
+            self._last = name, self._bench.read(ids, lambda p: self._tell(one, "reading", _cost(p.done)))
+        self._done += _cost(one.context)
+        context = self._last[1]
+        return context if start == ids else self._bench.read(start, after=context)
 
     def _method(
         self, one: Planned, example: Example, method: Method, ids: list[int], start: list[int], read: Read | None
@@ -132,10 +153,10 @@ class Runner:
             row = blank_row(one, method.label)
             row.update(turn=number + 1, part=turn.part, depth=turn.depth, prompt_tokens=len(asked))
             row.update(answer=said.text, refs=list(turn.refs), score=score(turn.scorer, said.text, turn.refs))
-            yield {**row, **_costs(said, talk, peak), "status": "ok"}
+            yield {**row, **_costs(said, talk, peak), "status": "ok", "last": number + 1 == len(example.turns)}
 
     def _tell(self, one: Planned, what: str, within: float) -> None:
-        self._on_advance(Advance(f"{one.task} {one.context}: {what}", (self._done + within) / self._total))
+        self._on_advance(Advance(f"{one.task} {short(one.context)}: {what}", (self._done + within) / self._total))
 
 
 # Of work: reading a token, with what precedes it; and what each method does with a prompt, as reading some of it.
@@ -145,10 +166,6 @@ _METHOD_WEIGHT = 0.15
 
 def _cost(tokens: float) -> float:
     return tokens * (1 + tokens / _QUADRATIC_FROM)
-
-
-def _weight(one: Planned, n_methods: int) -> float:
-    return _cost(one.context) + n_methods * _METHOD_WEIGHT * one.context
 
 
 def _key(one: Planned) -> tuple[str, int, str, str]:
@@ -219,7 +236,7 @@ class Kept:
                     f"--resume: {name} was {before!r} in {self.path} and is {now!r} now; ask for the same, or write to "
                     f"another file than {out}"
                 )
-        return lines[1:]
+        return whole(lines[1:])
 
     def add(self, row: Row) -> None:
         """Keep a row, before the next one is begun."""
@@ -232,6 +249,17 @@ class Kept:
     def close(self) -> None:
         """The report is written: rows need not be kept any more."""
         self.path.unlink(missing_ok=True)
+
+
+def whole(rows: Sequence[Row]) -> list[Row]:
+    """Without the last group of rows (of one method and example) if there may be more to come: `last` is not set."""
+    kept, group = list[Row](), list[Row]()
+    for row in rows:
+        group.append(row)
+        if row.get("last", True):
+            kept += group
+            group = []
+    return kept
 
 
 def collect(rows: Iterator[Row], kept: Kept | None, tell: Callable[[str], None]) -> list[Row]:

@@ -1,6 +1,5 @@
 """Heat-maps: scores by context and depth, errors by layer and head; all panels of a picture share one scale."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +47,7 @@ def needle_map(report: Report) -> Plot | None:
         return None
     scale = _Scale("score (per cent)", "cividis", np.linspace(0, 100, 11), "{:.0f}")
     alt = "Heat-maps: mean score by context and by depth of the needle, a panel per method."
-    svg = _drawn(maps, scale, ("context (tokens)", "depth of the needle (% of the context)"), report.name, alt)
+    svg = _drawn(maps, scale, ("context (tokens)", "depth (% of context)"), report.name, alt)
     return Plot(svg, "Mean over the examples of a cell; a cell without an answer is empty.")
 
 
@@ -73,9 +72,8 @@ def _means(
     rows: list[Row], down: str, downs: list[Any], across: str, acrosses: list[Any], key: str, times: float
 ) -> np.ndarray:
     """(len(downs), len(acrosses)) means of `key`, NaN where no row is."""
-    cells: Callable[[Row], Any] = lambda row: (row[down], row[across])  # noqa: E731
     values = np.full((len(downs), len(acrosses)), np.nan)
-    for (y, x), part in grouped(rows, cells).items():
+    for (y, x), part in grouped(rows, lambda row: (row[down], row[across])).items():
         values[downs.index(y), acrosses.index(x)] = times * np.mean([row[key] for row in part])
     return values
 

@@ -1,7 +1,7 @@
 """Answers, counted: mean scores by what was asked and by method, and what the answers cost."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from statistics import mean, median
 from typing import Any, NamedTuple
 
@@ -54,17 +54,27 @@ def score(rows: Iterable[Row]) -> Score:
 
 
 def score_lines(rows: Iterable[Row], by_turn: bool) -> list[Line]:
-    """By task and context, and by mode and turn if they are asked for, in order of appearance; turns ascend."""
+    """By task and context, and by mode and turn if they are asked for, in order of appearance; turns ascend.
+
+    A row without a turn is a method that lost an example: it counts as missing in each of its turns.
+    """
 
     def asked(row: Row) -> tuple[Any, ...]:
         return (row["task"], row["context"], *((row["mode"] or "", row["turn"]) if by_turn else ("", None)))
 
     lines = []
-    for (task, context, mode, turn), group in grouped(rows, asked).items():
+    for (task, context, mode, turn), group in grouped(_every_turn(rows), asked).items():
         parts = grouped(group, lambda row: row["method"])
         lines.append(Line(task, context, mode, turn, {name: score(part) for name, part in parts.items()}))
     tasks = list(dict.fromkeys(line.task for line in lines))
     return sorted(lines, key=lambda line: (tasks.index(line.task), line.context, line.mode, line.turn or 0))
+
+
+def _every_turn(rows: Iterable[Row]) -> Iterator[Row]:
+    for group in grouped(rows, lambda row: (row["task"], row["context"], row["mode"])).values():
+        turns = sorted({row["turn"] for row in group if row["turn"] is not None}) or [None]
+        for row in group:
+            yield from [{**row, "turn": turn} for turn in turns] if row["turn"] is None else [row]
 
 
 def ends(lines: list[Line]) -> list[Line]:

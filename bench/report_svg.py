@@ -1,10 +1,13 @@
 """A matplotlib figure as SVG inside a page: its colours are the page's, its bytes depend on its data alone."""
 
 import importlib.util
+import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
+
+from retrieval_attn.bench.report_format import short
 
 # Colours that the page's style sheet defines, for light and for dark; matplotlib draws with stand-ins.
 N_SERIES = 8
@@ -62,8 +65,6 @@ def draw(paint: Callable[[Any], None], size: tuple[float, float], salt: str, alt
     salt: a name that no other figure of the page has; alt: what the picture shows, in a sentence.
     Leaves matplotlib's settings as they were; they are of the process, so this is for one thread at a time.
     """
-    import io
-
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -83,7 +84,7 @@ def _inlined(svg: str, size: tuple[float, float], alt: str) -> str:
     """Without what belongs to a file: declarations, namespaces, styles for all, and ids that nothing refers to."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub("#0a0[bc][0-9a-f]{2}", lambda found: _COLOURS.get(found[0], found[0]), body)
     wide, high = (72 * inches for inches in size)
     style = f"width: {1.3 * wide:.0f}px; min-width: {0.95 * wide:.0f}px"
@@ -152,8 +153,6 @@ def log_axis(axis: Any) -> None:
 
 def context_axis(axes: Any, contexts: Sequence[int]) -> None:
     """A logarithmic axis of token counts with a tick at each that was measured."""
-    from retrieval_attn.bench.report_format import short
-
     if not contexts:
         return
     axes.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""RULER's synthetic tasks (arXiv 2404.06654): constructions, templates and budgets as published, so that scores compare.
+"""RULER's synthetic tasks (arXiv 2404.06654): constructions, templates, budgets as published, so that scores compare.
 
 The eight needle tasks, variable tracking, common words and frequent words need no download; question answering takes
 SQuAD or HotpotQA from a local file (bench/ruler_qa.py). What differs: words come from our own lists, and essays are
@@ -137,7 +137,9 @@ class _Needles:
         self._values = [[self._names.draw(kind.values) for _ in range(kind.n_values)] for _ in range(n_keys)]
         self._order = rng.permutation(n_keys * kind.n_values)
         self._asked = rng.permutation(n_keys)[: kind.n_queries]
-        self._depths = np.sort(rng.permutation(DEPTHS)[: n_keys * kind.n_values])
+        n = n_keys * kind.n_values
+        # Lines of noise and of needles take needles anywhere.
+        self._depths = np.sort(rng.permutation(DEPTHS)[:n] if kind.haystack == "essay" else rng.random(n))
         self._rng = rng
         self._straw: list[str] = []
 
@@ -182,14 +184,16 @@ def inserted(pieces: Sequence[Any], new: Sequence[Any], places: Sequence[int]) -
 
 
 def inserted_text(sentences: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> str:
-    """Needles between sentences, which keep the white space that follows them."""
-    return "".join(inserted(sentences, [f"{needle} " for needle in needles], places)).rstrip()
+    """Needles between sentences, which keep the white space that follows them; a blank follows the last."""
+    ended = [*sentences[:-1], f"{sentences[-1]} "]
+    return "".join(inserted(ended, [f"{needle} " for needle in needles], places)).rstrip()
 
 
 VT_BEGIN = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 VT_ASK = "\nQuestion: Find all variables that are assigned the value {value} in the text above."
+# "assgined" is how it was published.
 VT_PREFIX = (
-    " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assigned the value "
+    " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assgined the value "
     "{value}, they are: "
 )
 

@@ -1,10 +1,10 @@
 """SCBench's tasks that need no download (arXiv 2412.10319): one context, several turns about it.
 
 Constructions follow the paper and, where it built on them, InfiniteBench and RULER; templates and budgets are those of
-the published harness. Two things are ours: in both modes a blank line stands between the context and the first question
-(the harness leaves it away in one of them), so that both read the same context; and prose stands in for code and
-documents in the mixed tasks, of which only the halves without a download are made. `scbench_data.py` reads the published
-files, which have all of it.
+the published harness. Two things are ours: both modes read one context, as the harness has it for many turns (for many
+requests it leaves the blank line behind the context away, and begins Math.Find otherwise); and prose stands in for code
+and documents in the mixed tasks, of which only the halves without a download are made. `scbench_data.py` reads the
+published files.
 """
 
 import json
@@ -22,7 +22,8 @@ N_TURNS = 5
 
 # Room for an answer, by task.
 MAX_NEW_TOKENS = {
-    "kv": 150, "kv_short": 40, "prefix_suffix": 150, "vt": 30, "mf": 5, "many_shot": 10, "mix_kv": 80, "mix_passkey": 15,
+    "kv": 150, "kv_short": 40, "prefix_suffix": 150, "vt": 30, "mf": 5, "many_shot": 10, "mix_kv": 80,
+    "mix_passkey": 15,
 }  # fmt: skip
 
 STRING_RETRIEVAL = ("kv", "kv_short", "prefix_suffix", "vt")
@@ -34,6 +35,8 @@ KV_ASK = '\nKey: "{key}"\nThe value associated with the specified key is: '
 PREFIX_SUFFIX_ASK = "Prefix: {prefix}; Suffix: {suffix}. The word with both prefix and suffix from the dict is"
 VT_ASK = "Question: Find all variables that are assigned the value {value} in the text above."
 MF_ASK = "You should answer with only one number, no other words. {what} of the list is: "
+# Before the context for the first question, and before every other one.
+MF_BEGIN = "What is {what}?\n\n"
 PASSKEY_BEGIN = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
     "the important information.\n\n"
@@ -154,17 +157,20 @@ def math_find(size: int, rng: np.random.Generator, essay: facts.Essay) -> Made:
     distinct, every = sorted(set(numbers)), sorted(numbers)
     asked = [list(RANKS)[i] for i in rng.permutation(len(RANKS))[:N_TURNS]]
     refs = [str(int(RANKS[what](distinct, every))) for what in asked]
+    begins = [MF_BEGIN.format(what=f"{what.lower()} of the list") for what in asked]
     turns = [
-        Turn(f"What is {what[0].lower()}{what[1:]}?\n\n{MF_ASK.format(what=what)}", (ref,), "number",
-             MAX_NEW_TOKENS["mf"], golden=ref)
-        for what, ref in zip(asked, refs, strict=True)
-    ]  # fmt: skip
-    return str(numbers), turns, {"numbers": numbers}
+        Turn(begin + MF_ASK.format(what=what), (ref,), "number", MAX_NEW_TOKENS["mf"], golden=ref)
+        for begin, what, ref in zip(["", *begins[1:]], asked, refs, strict=True)
+    ]
+    return begins[0] + str(numbers), turns, {"numbers": numbers}
 
 
 PEOPLE = ("Alice", "Bob", "Claire", "Dave", "Eve", "Fred", "Gertrude")
 GIFTS = ("yellow present", "red present", "blue present", "green ball", "pink ball", "orange ball", "purple present")
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
 OPTIONS = "ABCDEFG"
 
 

@@ -13,7 +13,13 @@ Scorer = Callable[[str, Sequence[str]], float]
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(r"\d+\.\d+|\d+")
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"[0-9]+")
+
+# What is left away from Chinese answers, as published: 《 stays, 》 goes.
+_PUNCTUATION = frozenset(
+    string.punctuation + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》"  # noqa: RUF001
+    "「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"  # noqa: RUF001
+)
 
 # What precedes a choice in a sentence, in the order in which SCBench looks for it.
 _CHOICE_LEADS = ("answer is:", "answer:", "answer is", "option is")
@@ -42,7 +48,8 @@ def number(answer: str, refs: Sequence[str]) -> float:
     if found is None:
         return 0.0
     said, wanted = float(found[0]), float(refs[0])
-    return float(said == wanted if "." in refs[0] else int(said) == int(wanted))
+    # Not int(), which hundreds of digits, an infinity, do not survive.
+    return float(said == wanted if "." in refs[0] else said // 1 == wanted)
 
 
 def first_number(answer: str, refs: Sequence[str]) -> float:
@@ -52,10 +59,13 @@ def first_number(answer: str, refs: Sequence[str]) -> float:
 
 
 def choice(answer: str, refs: Sequence[str]) -> float:
-    """1 if the answer chooses the reference, a letter of A to D: at its start, after "answer is", or anywhere alone."""
+    """1 if the answer chooses the references, a letter of A to D and perhaps the option's text: a letter at its start,
+    the text alone, either after "answer is", or a letter anywhere alone."""
     said = answer.strip()
     if said[:1] and said[0] in CHOICES:
         return float(said[0] in refs)
+    if said in refs:
+        return 1.0
     words = " ".join(re.sub(r"[\n\"'.,?!{}]", " ", said).split())
     for lead in _CHOICE_LEADS:
         if (at := words.find(lead)) >= 0:
@@ -85,7 +95,7 @@ def _words(text: str) -> list[str]:
 
 
 def _characters(text: str) -> list[str]:
-    return [c for c in text.lower() if c.isalnum()]
+    return [c for c in text.lower() if c not in _PUNCTUATION and not c.isspace()]
 
 
 SCORERS: dict[str, Scorer] = {

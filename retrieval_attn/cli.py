@@ -36,21 +36,24 @@ if TYPE_CHECKING:
     from retrieval_attn.session import Session
 
 
-_BENCHMARKS = ("kernels", "latency", "long", "memory", "recall", "needle")
+_BENCHMARKS = (
+    "compare", "fidelity", "harness", "kernels", "latency", "long", "memory", "needle", "ppl", "recall", "report",
+    "ruler", "scbench", "suite",
+)  # fmt: skip
 
 
 class _Benchmarks(TyperGroup):
     """Imports a benchmark only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(_BENCHMARKS)
+        return list(_BENCHMARKS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
             return None
         module = importlib.import_module(f"retrieval_attn.bench.{cmd_name}")
         holder = typer.Typer(add_completion=False)
-        holder.command(cmd_name)(module.command)
+        holder.command(cmd_name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(module.command)
         return typer.main.get_command(holder)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 MOST = 127
 
-# Scales leave room above the largest number seen so far: the largest of 128K normal numbers is 1.27 times that of 2K, on average.
+# Scales leave room above the largest number seen so far: the largest of 128K normal numbers is 1.27 times that of 2K,
+# on average.
 HEADROOM = 1.5
 
 # Rows converted at a time.

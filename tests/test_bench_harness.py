@@ -19,7 +19,7 @@ from retrieval_attn.cli import main
 EVERYTHING = 1 << 20
 WHOLE = {"index": "exact", "top_k": EVERYTHING, "n_sink": 4, "n_local": 16, "exact_below": 0, "prefill_chunk": 50}
 TEXT = "The lighthouse keeper counts ships. " * 12
-END = " Then she rows home, and the lamp is lit."
+END = " Then she rows home."
 
 
 class Hook:
@@ -121,7 +121,7 @@ def test_windows_score_each_token_once_with_as_much_before_it_as_there_is_room(s
 def test_scores_are_those_of_full_attention_when_everything_is_retrieved(scorer, folder):
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     pairs = [scorer.pair(TEXT + end, more) for end in ("", "How many?") for more in (" a", " seven ships", END)]
-    pairs += [scorer.pair("", "a"), scorer.pair("", TEXT[:80]), scorer.pair("x", "yz")]
+    pairs += [scorer.pair("", "a"), scorer.pair("", TEXT[:40]), scorer.pair("x", "yz")]
     greedy = stock.generate(torch.tensor([pairs[0].context]), max_new_tokens=6, do_sample=False)[0]
     pairs.append(Pair(pairs[0].context, greedy[len(pairs[0].context) :].tolist()))
     found = all_scores(scorer, pairs)
@@ -291,6 +291,15 @@ def test_an_unknown_model_argument_is_one_line_with_the_known_ones():
     assert all(name in str(caught.value) for name in MODEL_ARGS)
     with pytest.raises(ValueError, match="index must be one of"):
         HarnessModel(index="hnsw")
+
+
+def test_model_args_have_the_last_word_on_the_device(folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    made = HarnessModel.create_from_arg_obj({"pretrained": str(folder)}, {"device": "cuda:0", "batch_size": None})
+    assert made.llm.model.device.type == "cpu"
+    HarnessModel.create_from_arg_obj({"pretrained": str(folder), "device": "cpu"}, {"device": "mps"})
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        HarnessModel.create_from_arg_obj({"pretrained": str(folder), "device": "cuda"}, {"device": "cuda:0"})
 
 
 def test_help_needs_no_lm_eval(capsys):

@@ -352,3 +352,35 @@ class TestLimits:
     def test_every_layer_is_a_retrieval_layer_after_a_fork(self):
         cache = ra.RetrievalCache(tiny_model("llama").config, small())
         assert all(isinstance(layer, RetrievalLayer) for layer in cache.fork().layers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("options", [{"n_sink": 9, "n_local": 40}, {"index": "graph"}, {"n_local": 5000}])
+def test_a_fork_with_other_options_is_a_cache_made_with_them(kind, options):
+    """What was read once goes on as if it had been read that way, and what it was forked from goes on as before."""
+    ra.register()
+    ids, model = prompt_ids(400), tiny_model(kind)
+    before, own = small(top_k=8), small(top_k=6, **options)
+
+    def steps(cache):
+        with torch.no_grad():
+            return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(20)])
+
+    def read(config):
+        cache = ra.RetrievalCache(model.config, config)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        return cache
+
+    origin, expected = read(before), steps(read(before))
+    fork = origin.fork(own)
+    torch.testing.assert_close(steps(fork), steps(read(own)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(steps(origin), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(steps(read(own)), expected, atol=1e-3)
+
+
+def test_a_fork_keeps_how_tokens_are_stored():
+    cache = ra.RetrievalCache(tiny_model("llama").config, small())
+    with pytest.raises(ValueError, match="a fork must keep kv_dtype='auto', got 'int8'"):
+        cache.fork(small(kv_dtype="int8"))
+    assert cache.fork(small(top_k=3)).config.top_k == 3

@@ -71,3 +71,15 @@ def test_copy_is_independent():
     twin.append(rows(10, 11), -rows(10, 11))
     assert tokens_in(window) == expected(10, 2, 4)
     assert tokens_in(twin) == expected(11, 2, 4)
+
+
+@given(st.integers(1, 90), st.integers(0, 10), st.integers(1, 40), st.integers(1, 30))
+def test_refilled_it_is_the_window_it_would_have_become(length, n_sink, n_local, more):
+    def read(start, stop):
+        return rows(start, stop)[0], -rows(start, stop)[0]
+
+    window = Window(n_sink, n_local)
+    window.refill(length, torch.device("cpu"), read)
+    assert tokens_in(window) == expected(length, n_sink, n_local)
+    window.append(rows(length, length + more), -rows(length, length + more))
+    assert tokens_in(window) == expected(length + more, n_sink, n_local)
