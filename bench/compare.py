@@ -85,8 +85,8 @@ def measure(settings: Settings, output: Output) -> Report:
 
     report = run(settings, output, plan, share=False)
     report["notes"] += [
-        f"task {task}; each method read each prompt by itself, in this process, in turn; TTFT is from the question to its "
-        "first token, read and build come before it",
+        f"task {task}; each method read each prompt by itself, in this process, in turn; TTFT is from question to "
+        "first token; read and build come before it",
         "peak RSS is that of the process: weights and libraries are in it, and what other methods left",
     ]
     return report

@@ -16,7 +16,7 @@ from retrieval_attn.bench.quality_options import Settings, make_settings
 from retrieval_attn.bench.report_format import Row, short, table
 
 if TYPE_CHECKING:
-    from retrieval_attn.bench.fidelity_measure import Held
+    from retrieval_attn.bench.fidelity_held import Held
     from retrieval_attn.bench.methods import Bench, Method, Read
     from retrieval_attn.llm import LLM
 
@@ -126,6 +126,9 @@ def _load_random(settings: Settings) -> "LLM":
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         tokenizer = None
+    # Where there are no files of one, transformers may make one without any words.
+    if tokenizer is not None and tokenizer("one")["input_ids"] == tokenizer("two")["input_ids"]:
+        tokenizer = None
     return LLM(model, tokenizer, RetrievalConfig(seed=settings.seed, threads=settings.threads))
 
 
@@ -196,13 +199,13 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def plot_heads(report: Report, path: Path) -> None:
     """Heat-maps of heads by layers: a row of panels per measure, a column per method and context. Bright is good."""
-    from retrieval_attn.bench.quality_plot import _figure
+    from retrieval_attn.bench.quality_plot import figure_of
 
     rows = [row for row in report["results"] if row["status"] == "ok"]
     columns = list(dict.fromkeys((row["method"], row["context"]) for row in rows)) or [("", 0)]
     layers, heads = ([*dict.fromkeys(row[name] for row in rows)] for name in ("layer", "head"))
-    wide, high = max(1.5, 0.16 * len(heads)), max(1.2, 0.16 * len(layers))
-    figure = _figure(1.6 + wide * len(columns), 0.8 + (high + 0.35) * len(MEASURES))
+    wide, high = max(1.5, 0.08 * len(heads)), max(1.2, 0.08 * len(layers))
+    figure = figure_of(1.6 + wide * len(columns), 0.8 + (high + 0.35) * len(MEASURES))
     grid = figure.subplots(len(MEASURES), len(columns), sharex=True, sharey=True, squeeze=False)
     for name, panels in zip(MEASURES, grid, strict=True):
         for panel, (method, context) in zip(panels, columns, strict=True):
@@ -213,7 +216,7 @@ def plot_heads(report: Report, path: Path) -> None:
         bar.set_label(_LABELS[name], fontsize=8)
         bar.ax.tick_params(labelsize=7)
     for i, (method, context) in enumerate(columns):
-        grid[0][i].set_title(f"{method}, {short(context)}", fontsize=8)
+        grid[0][i].set_title(f"{method}, {short(context)}".replace(":", "\n"), fontsize=8)
         grid[-1][i].set_xlabel("query head", fontsize=8)
     figure.suptitle(f"{title(report)}; bright is good", fontsize=10)
     figure.savefig(path, dpi=150)

@@ -11,61 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval_attn.bench.methods import Method, _build_hnsw
+from retrieval_attn.bench.fidelity_held import Held
+from retrieval_attn.bench.fidelity_plant import plant
+from retrieval_attn.bench.methods import Method, build_hnsw
 
 # The very search and estimate of decode steps, with their seeds and budgets: others might be better, or worse.
-from retrieval_attn.decode import LEAST_NORM, StepClock, _attend, _find, share_found
+from retrieval_attn.decode import LEAST_NORM, StepClock, attend_found, find_far, share_found
 from retrieval_attn.far_index import n_covered
 from retrieval_attn.hf import RetrievalCache, RetrievalLayer
 from retrieval_attn.host import Array
 from retrieval_attn.index import Index, SearchResult, build_index
+from retrieval_attn.index.lift import Lift
 from retrieval_attn.kernels import AttentionState, attend_far, attend_near, merge
 from retrieval_attn.llm import LLM
 from retrieval_attn.memory import LayerMemory
 
-# Bytes of scores held at a time.
-_BLOCK_BYTES = 1 << 28
-
-# A planted key's score lies above the best key's by this part of the way from the mean to the best, and above those of
-# other planted keys by this part of them. Queries more alike than ALIKE (cosine) are not both given a key.
-MARGIN, APART, ALIKE = 0.1, 0.05, 0.95
-
-# At most one far key in so many is planted.
-_ROOM = 4
+# Two ways of summing an inner product differ by less than this part of the lengths' product.
+ROUNDING = 1e-4
 
 # Of one query head, means over its queries: error, mass, and recall, which is None if there was nothing to search.
 Head = tuple[float, float, float | None]
-
-
-class Held(NamedTuple):
-    """Queries of one layer that taught no index, (H, N, D) in the model's dtype, and exact float32 attention over the
-    context's tokens: out (H, N, Dv), lse (H, N); best, mean: (H, N), largest and mean inner product with a key."""
-
-    queries: Tensor
-    out: Tensor
-    lse: Tensor
-    best: Tensor
-    mean: Tensor
-
-    @classmethod
-    def of(cls, queries: Tensor, memory: LayerMemory) -> "Held":
-        """memory: of the context."""
-        keys, values = memory.store.read(0, memory.length)
-        R, n_rows = len(queries) // len(keys), 1 + _BLOCK_BYTES // (4 * memory.length)
-        heads = []
-        for h, rows in enumerate(queries):
-            head = keys[h // R].float(), values[h // R].float()
-            blocks = [_exact(block.float(), *head, memory.scale) for block in rows.split(n_rows)]
-            heads.append([torch.cat(x) for x in zip(*blocks, strict=True)])
-        return cls(queries, *(torch.stack(x) for x in zip(*heads, strict=True)))
-
-
-def _exact(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, ...]:
-    scores = queries @ keys.T
-    best, mean = scores.amax(1), scores.mean(1)
-    scores *= scale
-    lse = scores.logsumexp(1)
-    return (scores - lse[:, None]).exp() @ values, lse, best, mean
 
 
 class Step(NamedTuple):
@@ -88,8 +53,8 @@ def step(query: Tensor, memory: LayerMemory, index: Index | None, window_alone: 
     state = rest = attend_near(on_host, newest.keys[None], newest.values[None], scale)
     lse, hits = torch.logaddexp(near.lse.cpu(), rest.lse), None
     if index is not None:
-        hits, covered = _find(on_host, memory, index, (near, rest), scale, StepClock()), far.before(index.n_keys)
-        state = merge(_attend(on_host, memory, index, covered, hits, scale).state, rest)
+        hits, covered = find_far(on_host, memory, index, (near, rest), scale, StepClock()), far.before(index.n_keys)
+        state = merge(attend_found(on_host, memory, index, covered, hits, scale).state, rest)
         # What a sample's heads found is not shared.
         share_group = config.share_group and index.lift is None
         read = attend_far(on_host, *covered, used(hits, index), scale, share_group=share_group)
@@ -128,62 +93,24 @@ def _recall(queries: Sequence[Tensor], found: Sequence[SearchResult], memory: La
     for query, hits in zip(queries, found, strict=True):
         asked = np.full(hits.ids.shape[:-1], hits.ids.shape[-1])
         wanted = asked if memory.config.mass is None else np.sum(hits.ids >= 0, axis=-1)
-        best = oracle.search(query.float(), hits.ids.shape[-1])
+        best, true = oracle.search(query.float(), hits.ids.shape[-1]), _truthful(query, hits, keys, lift)
         heads = [slice(h, h + 1) for h in range(len(wanted))]
-        shares.append([share_found(_of(hits, h), _of(best, h), wanted[h]) for h in heads])
+        shares.append([share_found(_of(true, h), _of(best, h), wanted[h]) for h in heads])
     return np.mean(shares, axis=0).tolist()
+
+
+def _truthful(query: Tensor, hits: SearchResult, keys: Tensor, lift: Lift | None) -> SearchResult:
+    """Without the hits whose score is not their key's: what an index says of itself is not taken for granted."""
+    ids = hits.ids[:, 0].clip(0)
+    group = np.repeat(np.arange(len(keys)), len(ids) // len(keys))[:, None]
+    rows = keys[torch.from_numpy(group), torch.from_numpy(ids)].float()
+    scores = (rows * query.float()).sum(-1).numpy() + (lift.bonuses(keys.shape[1])[group, ids] if lift else 0)
+    allowed = ROUNDING * query.float().norm(dim=-1) * rows.norm(dim=-1)
+    return hits._replace(ids=np.where(np.abs(scores - hits.scores[:, 0]) <= allowed.numpy(), ids, -1)[:, None])
 
 
 def _of(hits: SearchResult, heads: slice) -> SearchResult:
     return SearchResult(*(part[heads] for part in hits))
-
-
-def plant(held: Held, memory: LayerMemory, n_covered: int, n_planted: int, seed: int) -> Array:
-    """Overwrite far keys so that each is the best key of all for a query of one head; returns their ids (H, N), -1 for
-    queries without one.
-
-    A key has its query's direction, and is just long enough. Each head gets n_planted, or fewer if its queries are much
-    alike or the n_covered keys of an index few. `memory` must not be forked any more: forks share what was.
-    """
-    H, N, _ = held.queries.shape
-    keys, first = memory.store.keys(), memory.split.sink_stop
-    R, ids = H // len(keys), np.full((H, N), -1, np.int32)
-    rng = np.random.default_rng([seed, 0x9F1])
-    for g, head_keys in enumerate(keys):
-        heads = slice(g * R, (g + 1) * R)
-        queries = held.queries[heads].float()
-        r, t = _unlike(queries, min(n_planted, n_covered // (_ROOM * R)))
-        best, mean = held.best[heads][r, t], held.mean[heads][r, t]
-        places = rng.permutation(n_covered)[: len(r)]
-        head_keys[first + torch.from_numpy(places)] = _winners(queries[r, t], best, mean).to(keys.dtype)
-        ids[g * R + r, t] = places
-    return ids
-
-
-def _unlike(queries: Tensor, most: int) -> tuple[Array, Array]:
-    """Heads and numbers of the queries (R, N, D) that get a key: `most` per head, none too much like another."""
-    R, N, _ = queries.shape
-    units = torch.nn.functional.normalize(queries, dim=-1)
-    chosen: list[tuple[int, int]] = []
-    counts = [0] * R
-    for t in range(N):
-        for r in range(R):
-            others = units[[i for i, _ in chosen], [j for _, j in chosen]]
-            if counts[r] < most and not (others @ units[r, t] > ALIKE).any():
-                chosen.append((r, t))
-                counts[r] += 1
-    return tuple(np.array(chosen, np.int64).reshape(-1, 2).T)  # type: ignore[return-value]
-
-
-def _winners(queries: Tensor, best: Tensor, mean: Tensor) -> Tensor:
-    """For each of the queries (n, D) a key in its direction that beats the best key so far, and the other winners."""
-    units = torch.nn.functional.normalize(queries, dim=-1)
-    sizes = (best.clamp_min(0) + MARGIN * (best - mean)) / queries.norm(dim=-1)
-    alike = (units @ units.T).fill_diagonal_(0)
-    # Longer keys may beat others, which must grow, too; no query is so much like another that this goes on for ever.
-    for _ in sizes:
-        sizes = torch.maximum(sizes, (1 + APART) * (alike * sizes).amax(1))
-    return units * sizes[:, None]
 
 
 def _hit(held: Held, memory: LayerMemory, index: Index, planted: Array) -> Array:
@@ -241,7 +168,7 @@ def indexes(cache: RetrievalCache, method: Method) -> Iterator[Index | None]:
     Raises RuntimeError if it cannot be built: the runtime would search exactly then, which is not what was asked for.
     """
     if method.name == "hnsw":
-        _build_hnsw(cache)
+        build_hnsw(cache)
     for memory in cache.memories:
         index = None if method.name == "streaming" else memory.index()
         if index is not None and index.kind == "exact" != memory.choice().kind:

@@ -131,7 +131,7 @@ class Talk(Protocol):
         """Another one from here on; what is asked of either, the other does not see."""
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
-        """Greedy tokens after `ids`, which begin with what was read; what is cached of them is not run again."""
+        """Greedy tokens after `ids`, which begin with what was read and asked so far; only what follows is run."""
 
 
 class Read(NamedTuple):
@@ -157,7 +157,7 @@ class Bench:
     def read(self, ids: list[int], on_progress: Callable[[Any], None] | None = None, after: Read | None = None) -> Read:
         """Read ids exactly, by our prefill; what `after` has read of them is not read again."""
         config = RetrievalConfig(index="exact", seed=self.llm.config.seed, threads=self.llm.config.threads)
-        cache = self._new_cache(self.llm, config) if after is None else after.cache.fork()
+        cache = RetrievalCache(self.llm.model.config, config) if after is None else after.cache.fork()
         started = time.perf_counter()
         Request(self.llm.model, cache, Sampling(), (), on_progress).read(ids)
         cache.cancel_builds()
@@ -186,32 +186,35 @@ class Bench:
             self._quantised[weights] = self._load(weights)
         return self._quantised[weights]
 
-    @staticmethod
-    def _new_cache(llm: LLM, config: RetrievalConfig) -> RetrievalCache:
-        return RetrievalCache(llm.model.config, config)
-
 
 class OurTalk:
-    """A conversation through `RetrievalCache`."""
+    """A conversation through `RetrievalCache`. As in `StockTalk`, what was answered does not stay."""
 
-    def __init__(self, llm: LLM, cache: RetrievalCache, ids: list[int], read_s: float, build_s: float) -> None:
-        self._llm, self._cache, self._cached = llm, cache, ids
+    def __init__(self, llm: LLM, cache: RetrievalCache, read_s: float, build_s: float) -> None:
+        self._llm, self._cache = llm, cache
         self.read_s, self.build_s = read_s, build_s
+        # Sliding-window layers forget what they would need to go back; of such a cache, a fork is asked instead.
+        self._goes_back = len(cache.retrieval_layers) == len(cache.layers)
 
     def fork(self) -> "OurTalk":
-        return OurTalk(self._llm, self._cache.fork(), self._cached, self.read_s, self.build_s)
+        return OurTalk(self._llm, self._cache.fork(), self.read_s, self.build_s)
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
-        keep = min(_common(ids, self._cached), len(ids) - 1)
-        self._cache.crop(keep - len(self._cached))
-        request = Request(self._llm.model, self._cache, Sampling(max_new_tokens=max_new_tokens), self._llm.stop_ids())
+        cache = self._cache if self._goes_back else self._cache.fork()
+        request = self._request(cache, max_new_tokens)
         tokens = list(request.tokens(list(ids)))
-        self._cached = [*ids, *tokens][: self._cache.get_seq_length()]
+        if self._goes_back:
+            cache.crop(len(ids) - cache.get_seq_length())
+        else:
+            self._request(self._cache, 1).read(list(ids))
         stats = request.stats
         return Answer(
             self._llm.decode(tokens), tokens, stats.ttft_s, stats.itl_s, stats.visited_fraction, stats.host_kv_bytes,
             stats.device_kv_bytes, stats.index_bytes,
         )  # fmt: skip
+
+    def _request(self, cache: RetrievalCache, max_new_tokens: int) -> Request:
+        return Request(self._llm.model, cache, Sampling(max_new_tokens=max_new_tokens), self._llm.stop_ids())
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> tuple[Tensor, list[float], float | None]:
@@ -227,7 +230,6 @@ class OurTalk:
                 started = time.perf_counter()
                 logits.append(_forward(self._llm.model, [token], self._cache).float().cpu())
                 laps.append(time.perf_counter() - started)
-        self._cached = [*self._cached, *ids]
         clocks = [layer.clock for layer in self._cache.retrieval_layers]
         far = sum(clock.far for clock in clocks)
         return torch.cat(logits), laps, sum(clock.visited for clock in clocks) / far if far else 0.0
@@ -246,14 +248,14 @@ def _start_ours(
     started = time.perf_counter()
     if method.name == "hnsw":
         cache.cancel_builds()
-        _build_hnsw(cache)
+        build_hnsw(cache)
     else:
         cache.start_builds()
         follow_builds(cache, on_progress or (lambda progress: None))
-    return OurTalk(llm, cache, ids, read_s, time.perf_counter() - started)
+    return OurTalk(llm, cache, read_s, time.perf_counter() - started)
 
 
-def _build_hnsw(cache: RetrievalCache) -> None:
+def build_hnsw(cache: RetrievalCache) -> None:
     for memory in cache.memories:
         far = memory.far()
         if n := n_covered(far.length):
@@ -265,24 +267,20 @@ def _build_hnsw(cache: RetrievalCache) -> None:
 
 
 class StockTalk:
-    """A conversation through stock transformers' attention and one of its caches, greedy."""
+    """A conversation through stock transformers' attention and one of its caches, greedy.
 
-    def __init__(
-        self, llm: LLM, implementation: str, cache: DynamicCache, ids: list[int], read_s: float, copies: bool
-    ) -> None:
-        """copies: the cache cannot go back, so that a fork is a copy of it."""
-        self._llm, self._implementation, self._cache, self._cached = llm, implementation, cache, ids
-        self._copies = copies
+    What was asked stays in the cache, what was answered does not: the next turn may follow another answer.
+    """
+
+    def __init__(self, llm: LLM, implementation: str, cache: DynamicCache, read_s: float) -> None:
+        self._llm, self._implementation, self._cache = llm, implementation, cache
         self.read_s, self.build_s = read_s, 0.0
 
     def fork(self) -> "StockTalk":
-        # A cache that can go back exactly is rewound by the next answer instead: copies of it are large.
-        cache = copy.deepcopy(self._cache) if self._copies else self._cache
-        return StockTalk(self._llm, self._implementation, cache, self._cached, self.read_s, self._copies)
+        return StockTalk(self._llm, self._implementation, _branch(self._cache), self.read_s)
 
     @torch.no_grad()
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
-        self._rewind(ids)
         tokens: list[int] = []
         laps: list[float] = []
         stops = self._llm.stop_ids()
@@ -292,10 +290,8 @@ class StockTalk:
                 started = time.perf_counter()
                 tokens.append(int(_forward(self._llm.model, new, cache).argmax(-1)))
                 laps.append(time.perf_counter() - started)
-                # The next question follows another answer than this: what cannot go back stays before it.
-                cache = copy.deepcopy(cache) if self._copies and len(tokens) == 1 else cache
+                cache = _branch(cache) if len(tokens) == 1 else cache
                 new = tokens[-1:]
-        self._cached = [*ids, *tokens][: self._cache.get_seq_length()]
         device = sum(_nbytes(layer) for layer in self._cache.layers)
         return Answer(self._llm.decode(tokens), tokens, laps[0], laps[1:], None, 0, device, 0)
 
@@ -308,14 +304,15 @@ class StockTalk:
                 started = time.perf_counter()
                 logits.append(_forward(self._llm.model, [token], self._cache).float().cpu())
                 laps.append(time.perf_counter() - started)
-        self._cached = [*self._cached, *ids]
         return torch.cat(logits), laps, None
 
-    def _rewind(self, ids: Sequence[int]) -> None:
-        keep = min(_common(ids, self._cached), len(ids) - 1)
-        extra = self._cache.get_seq_length() - keep
-        if extra > 0:
-            self._cache.crop(-extra)
+
+def _branch(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from here by itself. Stock layers put new tensors in the place of old ones and change none;
+    those of other kinds, with states that change in place, are copied."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(x) if isinstance(x, DynamicLayer) else copy.deepcopy(x) for x in cache.layers]
+    return twin
 
 
 def _nbytes(layer: Any) -> int:
@@ -347,8 +344,7 @@ def _start_stock(llm: LLM, method: Method, ids: list[int], read: Read | None) ->
             llm.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
         synchronize(str(llm.model.device))
         read_s = time.perf_counter() - started
-    copies = method.name in ("streaming", "quantized")
-    return StockTalk(llm, implementation, cache, ids, read_s, copies)
+    return StockTalk(llm, implementation, cache, read_s)
 
 
 def _fill(cache: DynamicCache, source: RetrievalCache, model: Any) -> None:
@@ -401,8 +397,3 @@ def attending(model: Any, implementation: str) -> Iterator[None]:
             yield
         finally:
             model.set_attn_implementation(NAME)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)

@@ -84,8 +84,10 @@ def depths_of(n: int) -> list[float]:
 def _plan(settings: Settings, text: str | None, llm: "object", prompts: "object") -> Iterator[object]:
     from retrieval_attn.bench.examples import fit
     from retrieval_attn.bench.needle_tasks import needle_maker
+    from retrieval_attn.bench.quality_plan import require_room
     from retrieval_attn.bench.quality_run import MULTI_REQUEST, Planned
 
+    require_room(settings, llm.max_tokens)
     planned = 0
     for context in settings.contexts:
         for sample in range(settings.samples):

@@ -157,8 +157,11 @@ def title(report: Report) -> str:
     """What was read by whom."""
     config = report["config"]
     model = "the embedded model" if config["model"] is None else Path(config["model"]).name
-    weights = ", random weights" if config.get("random") else ""
-    return f"{report['bench']}, {model}{weights}, {'prose' if config['text'] is None else Path(config['text']).name}"
+    if config.get("random"):
+        model += " with random weights"
+    # Of a model without a tokenizer not even prose is read.
+    texts = [] if config["text"] is None else [Path(config["text"]).name]
+    return ", ".join([report["bench"], model, *texts])
 
 
 def as_text(report: Report, form: str, scores_only: bool, fields: tuple[str, ...], parts: list[str]) -> str:
@@ -181,9 +184,9 @@ def as_text(report: Report, form: str, scores_only: bool, fields: tuple[str, ...
 
 def plot_lines(report: Report, path: Path) -> None:
     """Perplexity against context, a line per method."""
-    from retrieval_attn.bench.quality_plot import _figure
+    from retrieval_attn.bench.quality_plot import figure_of
 
-    figure = _figure(7.5, 4.6)
+    figure = figure_of(7.5, 4.6)
     axes = figure.add_subplot()
     rows = sorted((row for row in report["results"] if row["status"] == "ok"), key=lambda row: row["context"])
     for i, method in enumerate(dict.fromkeys(row["method"] for row in report["results"])):

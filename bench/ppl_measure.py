@@ -21,8 +21,8 @@ from retrieval_attn.llm import LLM
 SCORE_FIELDS = ("context", "method", "tokens", "ppl", "agreement", "kl", "status", "reason")
 COST_FIELDS = ("tpot_ms", "visited_pct")
 
-# Characters that a token stands for at least, as a first guess.
-_CHARS_PER_TOKEN = 4
+# Characters that a token of prose stands for: a first guess, and what no tokenizer exceeds.
+_CHARS_PER_TOKEN, _MOST_CHARS_PER_TOKEN = 4, 64
 
 # Rows of logits that are compared at a time, in float64.
 _ROWS = 32
@@ -46,6 +46,8 @@ def text_ids(llm: LLM, text: str | None, n_tokens: int, seed: int) -> list[int]:
         ids = list(llm.tokenizer(text or prose(n_chars, seed), verbose=False)["input_ids"])
         if text is not None or len(ids) >= n_tokens:
             return ids[:n_tokens]
+        if n_chars > _MOST_CHARS_PER_TOKEN * n_tokens:
+            raise ValueError(f"the tokenizer makes only {len(ids)} tokens of {n_chars} characters of English prose")
         n_chars += n_chars // 2
 
 

@@ -118,8 +118,11 @@ def _cost_of(rows: Sequence[Row]) -> Row:
     line |= {key: _over(max, rows, key) for key in
              ("kv_bytes", "device_kv_bytes", "index_bytes", "rss_bytes", "peak_device_bytes")}  # fmt: skip
     line["score"] = 100 * mean(row["score"] for row in rows)
-    line["read_s"], line["build_s"] = line["read_ms"] / 1e3, line["build_ms"] / 1e3
-    return line
+    return {**line, **{f"{name}_s": _seconds(line[f"{name}_ms"]) for name in ("read", "build")}}
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 def _over(combine: Callable[[Iterable[float]], float], rows: Sequence[Row], key: str) -> float | None:

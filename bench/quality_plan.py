@@ -19,12 +19,16 @@ def plan_tasks(
 
     Raises ValueError if the model is too short for a context. Examples are made when their turn comes.
     """
-    longest = max(settings.contexts)
-    if longest > llm.max_tokens:
-        raise ValueError(f"--context {longest} is longer than the model, which takes {llm.max_tokens} tokens")
+    require_room(settings, llm.max_tokens)
     prompts = Prompts(llm)
     return [one for context in sorted(settings.contexts) for task in tasks
             for one in _of_task(settings, task, context, maker_of, modes, prompts, llm.max_tokens)]  # fmt: skip
+
+
+def require_room(settings: Settings, longest: int) -> None:
+    """Raise ValueError if a context is longer than the model's longest."""
+    if max(settings.contexts) > longest:
+        raise ValueError(f"--context {max(settings.contexts)} is longer than the model, which takes {longest} tokens")
 
 
 def _of_task(

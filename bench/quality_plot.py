@@ -14,7 +14,7 @@ Report = dict[str, Any]
 COLOURS = "cividis"
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,7 +38,7 @@ def plot_grid(report: Report, path: Path) -> None:
     contexts = sorted({row["context"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     methods = _methods(rows)
-    figure = _figure(1.6 + max(1.6, 0.55 * len(contexts)) * len(methods), 1.6 + max(1.8, 0.26 * len(depths)))
+    figure = figure_of(1.6 + max(1.6, 0.55 * len(contexts)) * len(methods), 1.6 + max(1.8, 0.26 * len(depths)))
     panels = figure.subplots(1, max(1, len(methods)), sharey=True, squeeze=False)[0]
     drawn = None
     for panel, method in zip(panels, methods, strict=False):
@@ -66,7 +66,7 @@ def plot_bars(report: Report, path: Path) -> None:
     keys = [key for key in ("task", "context", "mode", "turn") if len({row[key] for row in rows}) > 1] or ["task"]
     groups = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
     methods = _methods(rows)
-    figure = _figure(2 + max(4, 0.22 * len(groups) * (len(methods) + 1)), 4.2)
+    figure = figure_of(2 + max(4, 0.22 * len(groups) * (len(methods) + 1)), 4.2)
     axes = figure.add_subplot()
     wide = 0.8 / max(1, len(methods))
     for i, method in enumerate(methods):
@@ -91,7 +91,7 @@ def plot_bars(report: Report, path: Path) -> None:
 def plot_pareto(report: Report, path: Path) -> None:
     """Score against milliseconds per token, a point per method; up and to the left is better."""
     lines = [line for line in cost_lines(report["results"]) if line["tpot_ms"] is not None]
-    figure = _figure(7, 4.6)
+    figure = figure_of(7, 4.6)
     axes = figure.add_subplot()
     for line in lines:
         axes.scatter(line["tpot_ms"], line["score"], s=40)

@@ -117,7 +117,13 @@ class Runner:
         name = one.task, one.context, one.example
         if self._last is None or self._last[0] != name:
             self._last = None  # Before the next one is read: it may be as large as memory allows.
-            self._last = name, self._bench.read(ids, lambda p: self._tell(one, "reading", _cost(p.done)))
+            whole = _cost(one.context)
+            self._last = (
+                name,
+                self._bench.read(
+                    ids, lambda p: self._tell(one, "reading", whole * _cost(p.done) / _cost(max(1, p.total)))
+                ),
+            )
         self._done += _cost(one.context)
         context = self._last[1]
         return context if start == ids else self._bench.read(start, after=context)

@@ -156,7 +156,7 @@ def _rows(path: Path) -> Iterator[_Row]:
 
 def _fields(path: Path, line: int, raw: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+        fields = json.loads(raw.rstrip().decode("utf-8-sig" if line == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise _error(path, line, f"not UTF-8 at byte {error.start + 1}; give JSON lines in UTF-8") from error
     except json.JSONDecodeError as error:

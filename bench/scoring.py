@@ -66,7 +66,7 @@ def choice(answer: str, refs: Sequence[str]) -> float:
         return float(said[0] in refs)
     if said in refs:
         return 1.0
-    words = " ".join(re.sub(r"[\n\"'.,?!{}]", " ", said).split())
+    words = re.sub(" +", " ", re.sub(r"[\n\"'.,?!{}]", " ", said))
     for lead in _CHOICE_LEADS:
         if (at := words.find(lead)) >= 0:
             return float(words[at + len(lead) + 1 :].startswith(tuple(refs)))

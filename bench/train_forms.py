@@ -137,7 +137,7 @@ class Forms:
     def pairs(self, n_tokens: int) -> Text:
         """Retr.KV: short keys and values, or UUIDs; as one object, or as lines among prose."""
         rng = self.writer.rng
-        names, short, mixed = Names(rng), rng.random() < 0.7, rng.random() < 0.2
+        names, short, mixed = Names(rng), rng.random() < 0.9, rng.random() < 0.15
         kinds, cost = (("words", "numbers"), 20) if short else (("uuids", "uuids"), 62)
         n = max(1, n_tokens // ((3 if mixed else 1) * cost))
         named = [(names.draw(kinds[0]), names.draw(kinds[1])) for _ in range(n)]
@@ -180,5 +180,5 @@ class Forms:
 
 
 FORMS: tuple[Callable[[Forms, int], Text], ...] = (
-    Forms.niah, Forms.niah, Forms.niah, Forms.pairs, Forms.pairs, Forms.cities, Forms.cities, Forms.pass_keys,
+    Forms.niah, Forms.niah, Forms.pairs, Forms.pairs, Forms.pairs, Forms.pairs, Forms.cities, Forms.pass_keys,
 )  # fmt: skip

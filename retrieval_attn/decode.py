@@ -111,9 +111,9 @@ def _with_far(
     lap.to("gather")
     hits = found = None
     if index is not None:
-        hits = _find(on_host, memory, index, (near, read), scale, clock)
+        hits = find_far(on_host, memory, index, (near, read), scale, clock)
         lap.to("search")
-        found = _attend(on_host, memory, index, far.before(index.n_keys), hits, scale)
+        found = attend_found(on_host, memory, index, far.before(index.n_keys), hits, scale)
         state = merge(found.state, read)
     state = AttentionState(store.unfolded(state.out).to(near.out.dtype), state.lse).to(query.device)
     lap.to("gather")
@@ -126,7 +126,7 @@ def _with_far(
     return out
 
 
-def _find(
+def find_far(
     query: Tensor, memory: LayerMemory, index: Index, anyway: Pair, scale: float, clock: StepClock
 ) -> SearchResult:
     """What the index finds; with `mass`, as much as that takes beside what is attended to anyway."""
@@ -164,7 +164,7 @@ def _lse_of(states: Pair) -> Tensor:
     return torch.logaddexp(states[0].lse.cpu(), states[1].lse)
 
 
-def _attend(
+def attend_found(
     query: Tensor, memory: LayerMemory, index: Index, covered: Far, hits: SearchResult, scale: float
 ) -> FarState:
     config = memory.config

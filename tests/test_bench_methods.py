@@ -62,7 +62,7 @@ def test_forks_and_turns_do_not_see_each_other(bench, label):
     alone = [bench.start(method, ids, read).answer(asked, 6).token_ids for asked in (first, second)]
     talk = bench.start(method, ids, read)
     assert [talk.fork().answer(asked, 6).token_ids for asked in (first, second, first)] == [*alone, alone[0]]
-    # The history holds another answer: the talk goes back to where the two part.
+    # The history holds another answer than was given.
     history = [*first, *text_ids(bench, 5, seed=3)]
     assert talk.answer(first, 6).token_ids == alone[0]
     again = talk.answer(history, 6).token_ids
@@ -115,7 +115,7 @@ def test_hnsw_finds_old_keys_and_new_ones():
     q[0], q[1] = 9 * keys[0, 650], 9 * keys[0, 20]
     hit, best = index.search(q, 20, effort=600), build_index("exact", keys).search(q, 20)
     assert hit.ids[0, 0] == 650
-    assert hit.ids[1, 0] == 20
+    np.testing.assert_array_equal(hit.ids[:2, 0], best.ids[:2, 0])
     assert np.mean([len(set(a) & set(b)) for a, b in zip(hit.ids, best.ids, strict=True)]) > 19
     np.testing.assert_allclose(hit.scores[:2, 0], best.scores[:2, 0], rtol=1e-4)
     assert view.search(q, 20).ids.max() < 600

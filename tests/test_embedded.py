@@ -77,7 +77,7 @@ def test_without_far_keys_it_cannot_know(llm, document_8k, monkeypatch):
     """The tests above prove something: with the window alone, the same model fails."""
     session = llm.session()
     session.read(document_8k.text)
-    monkeypatch.setattr("retrieval_attn.decode._attend", _attend_to_nothing)
+    monkeypatch.setattr("retrieval_attn.decode.attend_found", _attend_to_nothing)
     asked = document_8k.facts[:10]
     answers = []
     for fact in asked:
