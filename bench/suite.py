@@ -16,15 +16,23 @@ from retrieval_attn.bench.report_format import short
 
 def _parts(context: int, limit: int | None) -> dict[str, dict[str, Any]]:
     """What each benchmark is asked for. Sizes are such that 32K tokens take two cores less than half an hour."""
-    at = short(context)
-    grid = f"{short(max(1, context // 4))},{at}"
-    few = 1 if limit is not None else 2
+    at, grid = short(context), f"{short(max(1, context // 4))},{short(context)}"
+    if limit is not None:
+        few = {"samples": limit, "limit": limit, "method": "full,scan,streaming"}
+        return {
+            "needle": {"context": grid, "depths": limit, **few},
+            "ruler": {"context": at, "task": "niah_single_1,niah_multikey_2,vt,cwe,fwe", **few},
+            "scbench": {"context": at, "task": "kv_short,mf,many_shot,mix_passkey", **few},
+            "ppl": {"context": grid, "limit": limit},
+            "compare": {"context": at, "samples": limit, "limit": limit},
+            "fidelity": {"context": at, "limit": limit},
+        }
     return {
-        "needle": {"context": grid, "depths": 10 if limit is None else limit, "samples": 1},
-        "ruler": {"context": at, "task": "all", "samples": few},
-        "scbench": {"context": at, "task": "all", "samples": few},
+        "needle": {"context": grid, "depths": 10},
+        "ruler": {"context": at, "task": "all", "samples": 2},
+        "scbench": {"context": at, "task": "all", "samples": 1},
         "ppl": {"context": grid},
-        "compare": {"context": at, "task": "niah_multikey_2", "samples": few},
+        "compare": {"context": at, "samples": 2},
         "fidelity": {"context": at},
     }
 
@@ -54,18 +62,20 @@ def command(
     common = {"model": model, "seed": seed, "threads": threads, "device": device}
     failures = [
         name for name, asked in _parts(contexts[0], limit).items()
-        if not _run(name, folder, {**common, **asked}, limit, resume)
+        if not _run(name, folder, {**common, **asked}, resume)
     ]  # fmt: skip
     from retrieval_attn.bench import report
 
-    report.write_page(folder, folder / "report.html")
-    print(f"reports and pictures are in {folder}; all of it on one page: {folder / 'report.html'}")
+    page = folder / "report.html"
+    if _can_draw():
+        report.command(results=folder, out=page)
+    print(f"reports are in {folder}" + (f"; all of them on one page: {page}" if _can_draw() else ""))
     if failures:
         print(f"failed: {', '.join(failures)}", file=sys.stderr)
         raise typer.Exit(1)
 
 
-def _run(name: str, folder: Path, asked: dict[str, Any], limit: int | None, resume: bool) -> bool:
+def _run(name: str, folder: Path, asked: dict[str, Any], resume: bool) -> bool:
     """One benchmark, into FOLDER; whether it went well."""
     out = folder / f"{name}.json"
     if resume and out.exists():
@@ -73,7 +83,7 @@ def _run(name: str, folder: Path, asked: dict[str, Any], limit: int | None, resu
     print(f"\n## {name}\n", flush=True)
     words = [word for key, value in asked.items() if value is not None for word in (f"--{key}", str(value))]
     words += ["--out", str(out), *(["--plot", str(out.with_suffix(".png"))] if _can_draw() else [])]
-    words += (["--limit", str(limit)] if limit is not None else []) + (["--resume"] if resume else [])
+    words += ["--resume"] if resume else []
     started = time.perf_counter()
     try:
         status = _call(name, words)

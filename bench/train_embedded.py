@@ -549,7 +549,8 @@ def score(
 class Stage:
     """Train at one length until the moving accuracy passes `goal` (and at least `min_steps`) or `max_steps` are done.
 
-    kind: "repeats" (random tokens), "dialogue" (full back-propagation), "context" (through the questions only).
+    kind: "repeats" (random tokens), "dialogue" (full back-propagation), "context" (through the questions only), "forms"
+    (full back-propagation; mostly dialogues as RULER, SCBench and needle tests hold them, see train_forms.py).
     """
 
     kind: str
@@ -577,6 +578,12 @@ STAGES = (
     Stage("dialogue", 8192, 6e-4, 0.97, 80, 80, dilution=16.0),
     Stage("dialogue", 4096, 1e-3, 0.99, 200, 240, dilution=32.0),
     Stage("context", 65536, 3e-4, 0.995, 24, 24, dilution=64.0),
+    Stage("forms", 384, 1.2e-3, 1.0, 500, 500, 4096),
+    Stage("forms", 1024, 8e-4, 1.0, 160, 160, 4096, dilution=4.0),
+    Stage("forms", 4096, 7e-4, 1.0, 410, 410, 4096, dilution=20.0),
+    Stage("forms", 512, 1.2e-3, 1.0, 200, 200, 4096),
+    Stage("forms", 2048, 1e-3, 1.0, 260, 260, 4096, dilution=8.0),
+    Stage("forms", 4096, 7e-4, 1.0, 140, 140, 4096, dilution=24.0),
 )
 PROSE_WEIGHT = 0.05
 # A stage ends with the running mean of its weights: the effect of a lower learning rate without the wait.
@@ -604,8 +611,17 @@ def context_batches(
                 yield stack([writer.dialogue(4096)], device), None
 
 
+# Steps of "forms" stages on dialogues of the old kind, lest they be forgotten.
+PLAIN_SHARE = 0.2
+
+
 def plain_batches(writer: Writer, stage: Stage, device: str) -> Iterator[tuple[Batch, Context | None]]:
     make = writer.repeats if stage.kind == "repeats" else writer.dialogue
+    if stage.kind == "forms":
+        from retrieval_attn.bench.train_forms import Forms  # It is made of what this module defines.
+
+        forms = Forms(writer)
+        make = lambda n: (writer.dialogue if writer.rng.random() < PLAIN_SHARE else forms.dialogue)(n)  # noqa: E731
     while True:
         yield stack([make(stage.length) for _ in range(max(1, stage.tokens_per_step // stage.length))], device), None
 
