@@ -73,7 +73,7 @@ def measure(settings: Settings, output: Output) -> Report:
         if task == "needle":
             # Depths as even as the samples allow, the ends left out: sinks and window hold them.
             depth = (sample + 0.5) / settings.samples
-            return needle_tasks.needle_maker(n_tokens, depth, sample, settings.seed, text)
+            return needle_tasks.needle_maker(n_tokens, [depth], sample, settings.seed, text)
         maker = ruler_tasks.ruler_maker if task in ruler_tasks.TASKS else scbench_tasks.scbench_maker
         return maker(task, n_tokens, sample, settings.seed, text)
 

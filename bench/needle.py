@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,11 @@ from retrieval_attn.bench import quality_options as q
 from retrieval_attn.bench.latency_options import at_least
 from retrieval_attn.bench.quality import Output, Report, exit_status, read_haystack, run
 from retrieval_attn.bench.quality_options import DEFAULT_METHODS, Settings, make_settings
+
+if TYPE_CHECKING:
+    from retrieval_attn.bench.examples import Prompts
+    from retrieval_attn.bench.quality_run import Planned
+    from retrieval_attn.llm import LLM
 
 
 def command(
@@ -19,6 +24,9 @@ def command(
     samples: q.Samples = 1,
     plain: Annotated[
         bool, q._option("Ask without MInference's instructions, for models that know none.", "--plain")
+    ] = False,
+    together: Annotated[
+        bool, q._option("Hide the needles of all depths in one text, which is then read once.", "--together")
     ] = False,
     limit: q.Limit = None,
     text: q.Text = None,
@@ -42,7 +50,7 @@ def command(
     settings = make_settings(
         "needle", model=model, context=context, method=method, samples=samples, limit=limit, text=text, top_k=top_k,
         followup=followup, seed=seed, threads=threads, device=device, dtype=dtype,
-        depths=at_least(depths, 1, "--depths"), plain=plain,
+        depths=at_least(depths, 1, "--depths"), plain=plain, together=together,
     )  # fmt: skip
     output = Output(form, out, plot, resume, scores_only, settings.as_dict())
     report = measure(settings, output)
@@ -56,10 +64,10 @@ def measure(settings: Settings, output: Output) -> Report:
     """The report of a grid."""
     text = read_haystack(settings.text)
 
-    def plan(llm: object) -> list[object]:
+    def plan(llm: "LLM") -> list["Planned"]:
         from retrieval_attn.bench.examples import Prompts
 
-        return list(_plan(settings, text, llm, Prompts(llm)))  # type: ignore[arg-type]
+        return list(_plan(settings, text, llm, Prompts(llm)))
 
     report = run(settings, output, plan)
     report["notes"] += NOTES
@@ -81,20 +89,21 @@ def depths_of(n: int) -> list[float]:
     return [i / (n - 1) for i in range(n)] if n > 1 else [0.5]
 
 
-def _plan(settings: Settings, text: str | None, llm: "object", prompts: "object") -> Iterator[object]:
+def _plan(settings: Settings, text: str | None, llm: "LLM", prompts: "Prompts") -> Iterator["Planned"]:
     from retrieval_attn.bench.examples import fit
-    from retrieval_attn.bench.needle_tasks import needle_maker
+    from retrieval_attn.bench.needle_tasks import needle_id, needle_maker
     from retrieval_attn.bench.quality_plan import require_room
     from retrieval_attn.bench.quality_run import MULTI_REQUEST, Planned
 
     require_room(settings, llm.max_tokens)
-    planned = 0
-    for context in settings.contexts:
-        for sample in range(settings.samples):
-            for depth in depths_of(settings.options["depths"]):
-                if settings.limit is not None and planned >= settings.limit:
-                    return
-                planned += 1
-                maker = needle_maker(context, depth, sample, settings.seed, text, settings.options["plain"])
-                make = partial(fit, maker, context, prompts, llm.max_tokens)  # type: ignore
-                yield Planned("needle", context, f"{context}-{depth:.3f}-{sample}", MULTI_REQUEST, make, depth)
+    places, plain = depths_of(settings.options["depths"]), settings.options["plain"]
+    texts = [places] if settings.options["together"] else [[depth] for depth in places]
+    wanted = [
+        (context, sample, depths)
+        for context in settings.contexts for sample in range(settings.samples) for depths in texts
+    ][: settings.limit]  # fmt: skip
+    for context, sample, depths in wanted:
+        maker = needle_maker(context, depths, sample, settings.seed, text, plain)
+        make = partial(fit, maker, context, prompts, llm.max_tokens)
+        depth = depths[0] if len(depths) == 1 else None
+        yield Planned("needle", context, needle_id(context, depths, sample), MULTI_REQUEST, make, depth)

@@ -23,12 +23,12 @@ N_TURNS = 5
 # Room for an answer, by task.
 MAX_NEW_TOKENS = {
     "kv": 150, "kv_short": 40, "prefix_suffix": 150, "vt": 30, "mf": 5, "many_shot": 10, "mix_kv": 80,
-    "mix_passkey": 15,
+    "mix_kv_short": 40, "mix_passkey": 15,
 }  # fmt: skip
 
 STRING_RETRIEVAL = ("kv", "kv_short", "prefix_suffix", "vt")
 
-TASKS = ("kv", "kv_short", "prefix_suffix", "vt", "mf", "many_shot", "mix_kv", "mix_passkey")
+TASKS = ("kv", "kv_short", "prefix_suffix", "vt", "mf", "many_shot", "mix_kv", "mix_kv_short", "mix_passkey")
 
 KV_BEGIN = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 KV_ASK = '\nKey: "{key}"\nThe value associated with the specified key is: '
@@ -222,12 +222,25 @@ WORDS_PER_PAIR = 40
 
 
 def mixed_pairs(size: int, rng: np.random.Generator, essay: facts.Essay) -> Made:
-    """Mix.RepoQA+KV, the half of the pairs: key-value pairs as sentences of a long text. size: words of prose."""
+    """Mix.RepoQA+KV, the half of the pairs: key-value pairs as lines of a long text. size: words of prose."""
     pairs = [(make_uuid(rng), make_uuid(rng)) for _ in range(MOST_PAIRS)]
-    n_pairs = min(MOST_PAIRS, max(1, size // WORDS_PER_PAIR))
+    return _among_prose(size, pairs, "mix_kv", rng, essay)
+
+
+def short_mixed_pairs(size: int, rng: np.random.Generator, essay: facts.Essay) -> Made:
+    """As `mixed_pairs`, with keys of two words and values of seven digits. size: words of prose."""
+    names = Names(rng)
+    pairs = [(names.draw("words"), names.draw("numbers")) for _ in range(MOST_PAIRS)]
+    return _among_prose(size, pairs, "mix_kv_short", rng, essay)
+
+
+def _among_prose(
+    size: int, pairs: Sequence[tuple[str, str]], task: str, rng: np.random.Generator, essay: facts.Essay
+) -> Made:
+    n_pairs = min(len(pairs), max(1, size // WORDS_PER_PAIR))
     lines = [json.dumps({key: value}) for key, value in pairs[:n_pairs]]
     context = KV_BEGIN + _scattered(essay.words(size), lines, rng)
-    turns = [_kv_turn(context, *pairs[i], task="mix_kv") for i in _spread(n_pairs, rng)]
+    turns = [_kv_turn(context, *pairs[i], task=task) for i in _spread(n_pairs, rng)]
     return context, turns, {"pairs": dict(pairs[:n_pairs])}
 
 
@@ -259,5 +272,6 @@ _MAKERS: dict[str, Callable[[int, np.random.Generator, facts.Essay], Made]] = {
     "mf": math_find,
     "many_shot": many_shot,
     "mix_kv": mixed_pairs,
+    "mix_kv_short": short_mixed_pairs,
     "mix_passkey": mixed_needles,
 }

@@ -40,7 +40,7 @@ def examples():
     """One of each task."""
     made = [ruler_maker(task, 2048, 0, 1, None)(30) for task in RULER]
     made += [scbench_maker(task, 2048, 0, 1, None)(30) for task in SCBENCH]
-    return [*made, needle_maker(2048, 0.5, 0, 1, None)(300)]
+    return [*made, needle_maker(2048, [0.5], 0, 1, None)(300)]
 
 
 def lines(n_turns=2, per_turn=1):
@@ -66,7 +66,7 @@ def test_requests_begin_with_the_ids_of_the_context(prompts, llm, example):
 
 
 # The template cuts the blank at the end of what a user says, which some questions have.
-TRIMMED = ("kv", "kv_short", "mf", "many_shot", "mix_kv", "needle")
+TRIMMED = ("kv", "kv_short", "mf", "many_shot", "mix_kv", "mix_kv_short", "needle")
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.task)

@@ -270,6 +270,15 @@ def test_the_embedded_model_finds_a_needle_and_streaming_does_not(capsys):
     assert sum(row["score"] for row in rows if row["method"] == "streaming") == 0
 
 
+def test_needles_together_are_read_once_and_told_apart_by_depth(capsys):
+    words = ["needle", "-c", "4k", "--depths", "5", "--together", "--plain", "--method", "full,scan", "-o", "json"]
+    _, out, _ = call(capsys, *words)
+    rows = json.loads(out)["results"]
+    assert [row["depth"] for row in rows if row["method"] == "scan"] == [0, 0.25, 0.5, 0.75, 1]
+    assert len({row["example"] for row in rows}) == len({row["read_ms"] for row in rows}) == 1
+    assert sum(row["score"] for row in rows) >= 9
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -14,7 +14,7 @@ from retrieval_attn.bench.scbench_tasks import TASKS, scbench_maker
 
 UNBOUNDED = 1 << 20
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-WHOLE = {"kv": 200, "kv_short": 200, "prefix_suffix": 300, "vt": 200, "mf": 500, "many_shot": 20, "mix_kv": 4000, "mix_passkey": 2000}  # fmt: skip  # noqa: E501
+WHOLE = {"kv": 200, "kv_short": 200, "prefix_suffix": 300, "vt": 200, "mf": 500, "many_shot": 20, "mix_kv": 4000, "mix_kv_short": 4000, "mix_passkey": 2000}  # fmt: skip  # noqa: E501
 PAIRS = ("kv", "kv_short")
 BUDGETS = {"kv": 150, "prefix_suffix": 150, "vt": 30, "mf": 5, "many_shot": 10, "mix_kv": 80, "mix_passkey": 15}
 SCORERS = {"kv": "contains", "prefix_suffix": "contains", "vt": "all", "mf": "number", "many_shot": "any", "mix_kv": "contains", "mix_passkey": "first_number"}  # fmt: skip  # noqa: E501
@@ -195,9 +195,12 @@ def test_shots_are_of_both_kinds_and_all_letters():
 
 
 @pytest.mark.parametrize(("size", "n_pairs"), [(1, 1), (400, 10), (4000, 100), (8000, 100)])
-def test_pairs_among_prose_answer_what_is_asked(size, n_pairs):
-    example = make("mix_kv", size)
-    lines = re.findall(rf'(?:^|\s)(\{{"{UUID}": "{UUID}"\}})(?=\s|$)', example.context)
+@pytest.mark.parametrize(
+    ("task", "key", "value"), [("mix_kv", UUID, UUID), ("mix_kv_short", "[a-z-]+", r"\d{7}")]
+)
+def test_pairs_among_prose_answer_what_is_asked(task, key, value, size, n_pairs):
+    example = make(task, size)
+    lines = re.findall(rf'(?:^|\s)(\{{"{key}": "{value}"\}})(?=\s|$)', example.context)
     pairs = {key: value for line in lines for key, value in json.loads(line).items()}
     assert len(lines) == len(pairs) == n_pairs
     assert len(example.turns) == min(5, n_pairs)
