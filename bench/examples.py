@@ -116,19 +116,20 @@ def fit(make: Callable[[int], Example], n_tokens: int, prompts: Prompts, longest
 
     make: an example of a given size, in units of its haystack (lines, words, pairs) of at least a token each;
     deterministic, longer for larger sizes until its text ends. longest: tokens that the model takes, answers included.
-    Prompts are within 1 % of n_tokens, or within one unit where a unit is more than that. Raises ValueError if the
-    model is too short, or n_tokens is, or the text.
+    Prompts are within 1 % of n_tokens, or within one unit where a unit is more than that; but where the model takes no
+    more than n_tokens, its turns and answers are among them. Raises ValueError if the model is too short, or n_tokens
+    is, or the text.
     """
     example, most, room = make(1), 0, 0
     # Small examples have fewer turns: what is found may need more room than was left for it.
     while (needed := prompts.room(example)) > room:
         room = needed
-        if n_tokens * (1 - TOLERANCE) + room > longest:
+        if n_tokens * (1 - TOLERANCE) > longest or room >= longest:
             raise ValueError(
                 f"a context of {n_tokens} tokens and {room} more for the turns of {example.task} are longer than the "
                 f"model's {longest}; ask for fewer"
             )
-        # Turns come on top of the context, unless the model has no room for them.
+        # Turns come on top of the context, unless the model has no room for them: then they are within, as in RULER.
         sought, most = most, min(n_tokens, longest - room)
         if most != sought:
             example = _largest(make, most, prompts)

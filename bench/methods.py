@@ -29,7 +29,7 @@ from retrieval_attn.build import needs_tail
 from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
 from retrieval_attn.far_index import n_covered
 from retrieval_attn.generate import Request, Sampling, follow_builds
-from retrieval_attn.hf import NAME, RetrievalCache, RetrievalLayer
+from retrieval_attn.hf import KEPT_BY_FORKS, NAME, RetrievalCache, RetrievalLayer
 from retrieval_attn.kernels import TailSummary
 from retrieval_attn.llm import LLM
 
@@ -55,8 +55,10 @@ class Method:
 
     @property
     def shares_prefill(self) -> bool:
-        """Whether it goes on from an exact prefill by the same weights."""
-        return self.weights == "auto" and self.config.prefill == "dense"
+        """Whether it goes on from an exact prefill by the same weights, kept as that one keeps it."""
+        plain = RetrievalConfig()
+        same = all(getattr(self.config, name) == getattr(plain, name) for name in KEPT_BY_FORKS)
+        return self.weights == "auto" and same
 
 
 def parse_method(text: str, config: RetrievalConfig) -> Method:
@@ -78,6 +80,8 @@ def parse_method(text: str, config: RetrievalConfig) -> Method:
     weights = given.pop("weights", "auto")
     if weights not in ("auto", *WEIGHTS):
         raise ValueError(f"method {name!r}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if not given.get("bits", "4").isdecimal():
+        raise ValueError(f"method {name!r}: bits must be a number such as 2, 4 or 8, got {given['bits']!r}")
     index = {"index": name} if name in INDEX_KINDS else {"index": "auto"} if name == "hnsw" else {}
     return Method(text.strip(), name, replace(config, **index, **own), weights, tuple(given.items()))
 
@@ -109,7 +113,7 @@ def _suggest(word: str, allowed: Sequence[str]) -> str:
 
 class Answer(NamedTuple):
     """What a method said, and what that cost: seconds from asking to the first token and for each later one, the share
-    of the far keys that it looked at (None: all of them), bytes of keys and values and of indexes."""
+    of the far keys that its searches looked at (None if it made none), bytes of keys and values and of indexes."""
 
     text: str
     token_ids: list[int]
@@ -176,6 +180,10 @@ class Bench:
             return _start_ours(llm, method, ids, shared, on_progress)
         return _start_stock(llm, method, ids, shared)
 
+    def prepare(self, method: Method) -> None:
+        """Load what the method needs beside the model, so that this is not measured with it."""
+        self._with_weights(method.weights)
+
     def _with_weights(self, weights: str) -> LLM:
         if weights == "auto":
             return self.llm
@@ -207,10 +215,11 @@ class OurTalk:
             cache.crop(len(ids) - cache.get_seq_length())
         else:
             self._request(self._cache, 1).read(list(ids))
-        stats = request.stats
+        stats, searched = request.stats, any(layer.clock.far for layer in cache.retrieval_layers)
+        others = sum(_nbytes(x, self._llm.model.device.type) for x in cache.layers if not isinstance(x, RetrievalLayer))
         return Answer(
-            self._llm.decode(tokens), tokens, stats.ttft_s, stats.itl_s, stats.visited_fraction, stats.host_kv_bytes,
-            stats.device_kv_bytes, stats.index_bytes,
+            self._llm.decode(tokens), tokens, stats.ttft_s, stats.itl_s, stats.visited_fraction if searched else None,
+            stats.host_kv_bytes, stats.device_kv_bytes + others, stats.index_bytes,
         )  # fmt: skip
 
     def _request(self, cache: RetrievalCache, max_new_tokens: int) -> Request:
@@ -272,12 +281,14 @@ class StockTalk:
     What was asked stays in the cache, what was answered does not: the next turn may follow another answer.
     """
 
-    def __init__(self, llm: LLM, implementation: str, cache: DynamicCache, read_s: float) -> None:
-        self._llm, self._implementation, self._cache = llm, implementation, cache
+    def __init__(
+        self, llm: LLM, implementation: str, cache: DynamicCache, read_s: float, visited: float | None
+    ) -> None:
+        self._llm, self._implementation, self._cache, self._visited = llm, implementation, cache, visited
         self.read_s, self.build_s = read_s, 0.0
 
     def fork(self) -> "StockTalk":
-        return StockTalk(self._llm, self._implementation, _branch(self._cache), self.read_s)
+        return StockTalk(self._llm, self._implementation, _branch(self._cache), self.read_s, self._visited)
 
     @torch.no_grad()
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
@@ -286,14 +297,17 @@ class StockTalk:
         stops = self._llm.stop_ids()
         with attending(self._llm.model, self._implementation):
             new, cache = list(ids[self._cache.get_seq_length() :]), self._cache
-            while not tokens or (tokens[-1] not in stops and len(tokens) < max_new_tokens):
+            most = min(max_new_tokens, self._llm.max_tokens - len(ids))
+            while not tokens or (tokens[-1] not in stops and len(tokens) < most):
                 started = time.perf_counter()
                 tokens.append(int(_forward(self._llm.model, new, cache).argmax(-1)))
                 laps.append(time.perf_counter() - started)
                 cache = _branch(cache) if len(tokens) == 1 else cache
                 new = tokens[-1:]
-        device = sum(_nbytes(layer) for layer in self._cache.layers)
-        return Answer(self._llm.decode(tokens), tokens, laps[0], laps[1:], None, 0, device, 0)
+        on_cpu = self._llm.model.device.type == "cpu"
+        held = {where: sum(_nbytes(layer, where) for layer in self._cache.layers) for where in ("cpu", "cuda")}
+        device, host = (held["cpu"], 0) if on_cpu else (held["cuda"], held["cpu"])
+        return Answer(self._llm.decode(tokens), tokens, laps[0], laps[1:], self._visited, host, device, 0)
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> tuple[Tensor, list[float], float | None]:
@@ -315,9 +329,22 @@ def _branch(cache: DynamicCache) -> DynamicCache:
     return twin
 
 
-def _nbytes(layer: Any) -> int:
+def _nbytes(layer: Any, where: str) -> int:
+    """Bytes that a stock cache layer holds on "cpu" or "cuda"."""
     kept = (getattr(layer, name, None) for name in ("keys", "values", "_quantized_keys", "_quantized_values"))
-    return sum(x.nbytes for x in kept if isinstance(x, Tensor))
+    return sum(x.nbytes for part in kept for x in _plain(part) if x.device.type == where)
+
+
+def _plain(held: Any) -> Iterator[Tensor]:
+    """The tensors that something is made of: a quantised one says of itself what it would be if it were not."""
+    if isinstance(held, tuple | list):
+        for part in held:
+            yield from _plain(part)
+    elif isinstance(held, dict):
+        yield from _plain(list(held.values()))
+    elif isinstance(held, Tensor):
+        names = held.__tensor_flatten__()[0] if hasattr(held, "__tensor_flatten__") else None
+        yield from [held] if names is None else _plain([getattr(held, name) for name in names])
 
 
 def _forward(model: Any, ids: Sequence[int], cache: DynamicCache) -> Tensor:
@@ -344,7 +371,7 @@ def _start_stock(llm: LLM, method: Method, ids: list[int], read: Read | None) ->
             llm.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
         synchronize(str(llm.model.device))
         read_s = time.perf_counter() - started
-    return StockTalk(llm, implementation, cache, read_s)
+    return StockTalk(llm, implementation, cache, read_s, 0.0 if method.name == "streaming" else 1.0)
 
 
 def _fill(cache: DynamicCache, source: RetrievalCache, model: Any) -> None:

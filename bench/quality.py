@@ -42,11 +42,12 @@ class Output:
         render: as `quality_format.render`, which is for answers, and taken by default.
         """
         from retrieval_attn.bench import quality_format
+        from retrieval_attn.bench.quality_run import write_whole
 
         render = render or quality_format.render
-        sys.stdout.write(render(report, self.form, self.scores_only))
         if self.out is not None:
-            self.out.write_text(render(report, "json", self.scores_only))
+            write_whole(self.out, render(report, "json", False))
+        sys.stdout.write(render(report, self.form, self.scores_only))
         if self.plot_to is not None:
             plot(report, self.plot_to)
         if self.kept is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from retrieval_attn.bench.latency import machine_note
 from retrieval_attn.bench.report_format import Row, as_csv, short, table
+from retrieval_attn.bench.report_scores import score
 
 Report = dict[str, Any]
 
@@ -38,21 +39,27 @@ def render(report: Report, form: str, scores_only: bool = False) -> str:
 
     fields = SCORE_FIELDS if scores_only else ROW_FIELDS
     if form == "csv":
-        return as_csv([{**row, "refs": "|".join(row["refs"] or [])} for row in report["results"]], fields)
+        rows = _repeatable(report["results"], scores_only)
+        return as_csv([{**row, "refs": "|".join(row["refs"] or [])} for row in rows], fields)
     if form == "json":
         kept = {key: value for key, value in report.items() if not (scores_only and key == "env")}
-        kept["results"] = [{key: row[key] for key in fields} for row in report["results"]]
+        kept["results"] = [{key: row[key] for key in fields} for row in _repeatable(report["results"], scores_only)]
         return json.dumps(kept, indent=1, allow_nan=False) + "\n"
     return _as_markdown(report, scores_only)
 
 
+def _repeatable(rows: Sequence[Row], scores_only: bool) -> list[Row]:
+    """Rows without reasons that tell how much memory was free, if only what does not change is wanted."""
+    return [{**row, "reason": ""} if scores_only and row["status"] == "oom" else row for row in rows]
+
+
 def _as_markdown(report: Report, scores_only: bool) -> str:
     parts = [f"{report['bench']}: score in %, mean over answers", score_table(report)]
-    if not scores_only:
+    if not scores_only and any(row["status"] == "ok" for row in report["results"]):
         # What a shared context saves shows from the second turn on.
         keys = ("method", "context", "mode", "turn") if report["bench"] == "scbench" else ("method", "context")
         parts.append(table(_COSTS, cost_lines(report["results"], keys)))
-    notes = [*report["notes"], *_reasons(report["results"])]
+    notes = [*report["notes"], *_reasons(_repeatable(report["results"], scores_only))]
     if not scores_only:
         notes.insert(0, machine_note(report["env"]))
     if notes:
@@ -94,13 +101,10 @@ def _word(key: str, value: Any) -> str:
 
 
 def _scores(rows: Sequence[Row], methods: Sequence[str]) -> Row:
-    line: Row = {"n": 0}
-    for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        scored = [row["score"] for row in own if row["score"] is not None]
-        line[f"={method}"] = f"{100 * mean(scored):.1f}" if scored else (own[0]["status"] if own else "")
-        line["n"] = max(line["n"], len(scored))
-    return line
+    found = {method: score([row for row in rows if row["method"] == method]) for method in methods}
+    counts = sorted({one.answered for one in found.values() if one.asked})
+    many = "" if not counts else f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    return {**{f"={method}": str(one) for method, one in found.items()}, "n": many}
 
 
 def cost_lines(rows: Sequence[Row], keys: Sequence[str] = ("method", "context")) -> list[Row]:

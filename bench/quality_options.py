@@ -42,7 +42,7 @@ Out = Annotated[Path | None, _option("Also write the report, as JSON, to this fi
 Plot = Annotated[Path | None, _option("Also draw it: .png or .svg.", "--plot")]
 Resume = Annotated[bool, _option("Go on with what an interrupted run kept beside --out.", "--resume")]
 ScoresOnly = Annotated[
-    bool, _option("Only what a second run repeats to the byte: no times, no memory, no machine.", "--scores-only")
+    bool, _option("On stdout only what a second run repeats to the byte: no times, no memory.", "--scores-only")
 ]
 
 

@@ -43,11 +43,9 @@ def _of_task(
             yield Planned(task, context, f"{task}-{context}-{sample}", mode, make)
 
 
-def plan_examples(examples: Sequence[Example], context: int, modes: Sequence[str], limit: int | None) -> list[Planned]:
-    """Examples that exist already, such as those of a file; context: what they were cut to."""
-    chosen = examples if limit is None else examples[:limit]
-    return [Planned(one.task, context, one.id, mode, partial(_itself, one)) for one in chosen for mode in modes]
-
-
-def _itself(example: Example) -> Example:
-    return example
+def plan_examples(
+    examples: Sequence[Example], context: int, modes: Sequence[str], cut: Callable[[Example], Example]
+) -> list[Planned]:
+    """Examples that exist already, such as those of a file; cut: makes one fit into `context` tokens, when its turn
+    comes."""
+    return [Planned(one.task, context, one.id, mode, partial(cut, one)) for one in examples for mode in modes]

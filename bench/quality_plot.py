@@ -73,7 +73,7 @@ def plot_bars(report: Report, path: Path) -> None:
         own = [[row["score"] for row in rows if row["method"] == method and tuple(row[k] for k in keys) == group]
                for group in groups]  # fmt: skip
         at = [j + (i - (len(methods) - 1) / 2) * wide for j in range(len(groups))]
-        axes.bar(at, [100 * mean(x) if x else 0 for x in own], wide, label=method)
+        axes.bar(at, [100 * mean(x) if x else float("nan") for x in own], wide, label=method)
     names = ["\n".join(short(x) if key == "context" else f"turn {x}" if key == "turn" else str(x)
              for key, x in zip(keys, group, strict=True)) for group in groups]  # fmt: skip
     axes.set_xticks(range(len(groups)), names, fontsize=7, rotation=30 if len(groups) > 4 else 0)

@@ -106,8 +106,8 @@ class Runner:
         try:
             read = self._read(one, ids, start) if self._share and any(m.shares_prefill for m in methods) else None
         except FAILURES as error:
-            yield from (failed(one, method.label, error) for method in methods)
-            return
+            yield from (failed(one, method.label, error) for method in methods if method.shares_prefill)
+            methods, read = [method for method in methods if not method.shares_prefill], None
         for method in methods:
             self._tell(one, method.label, 0)
             yield from self._method(one, example, method, ids, start, read)
@@ -135,15 +135,18 @@ class Runner:
             yield failed(one, method.label, ImportError(self._hopeless[method.label]))
             return
         peak = PeakMemory(self._device)
+        n_done = 0
         try:
+            self._bench.prepare(method)
             with peak:
                 talk = self._bench.start(method, start, read)
-            rows = list(self._turns(one, example, method, talk, ids, peak))
+            for row in self._turns(one, example, method, talk, ids, peak):
+                n_done += 1
+                yield row
         except FAILURES as error:
             if isinstance(error, ImportError):
                 self._hopeless[method.label] = str(error)
-            rows = [failed(one, method.label, error)]
-        yield from rows
+            yield failed(one, method.label, error, turn=n_done + 1 if n_done else None)
 
     def _turns(
         self, one: Planned, example: Example, method: Method, talk: Talk, ids: list[int], peak: PeakMemory
@@ -159,7 +162,11 @@ class Runner:
             row = blank_row(one, method.label)
             row.update(turn=number + 1, part=turn.part, depth=turn.depth, prompt_tokens=len(asked))
             row.update(answer=said.text, refs=list(turn.refs), score=score(turn.scorer, said.text, turn.refs))
-            yield {**row, **_costs(said, talk, peak), "status": "ok", "last": number + 1 == len(example.turns)}
+            row.update(_costs(said, talk, peak))
+            if one.mode == MULTI_TURN and number == 0:
+                # Of this question all but the last token was read with the context.
+                row["ttft_ms"] = None
+            yield {**row, "status": "ok", "last": number + 1 == len(example.turns)}
 
     def _tell(self, one: Planned, what: str, within: float) -> None:
         self._on_advance(Advance(f"{one.task} {short(one.context)}: {what}", (self._done + within) / self._total))
@@ -184,10 +191,11 @@ def blank_row(one: Planned, label: str) -> Row:
     return {**row, **dict(zip(("task", "context", "example", "mode"), _key(one), strict=True))}
 
 
-def failed(one: Planned, label: str, error: Exception) -> Row:
-    """The row of a method that could not go through with an example, with its reason."""
+def failed(one: Planned, label: str, error: Exception, turn: int | None = None) -> Row:
+    """The row of a method that could not go through with an example, with its reason. turn: the one it failed at; None
+    if at all of them."""
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return {**blank_row(one, label), "status": status_of(error), "reason": reason}
+    return {**blank_row(one, label), "turn": turn, "status": status_of(error), "reason": reason}
 
 
 def _costs(said: Answer, talk: Talk, peak: PeakMemory) -> Row:
@@ -205,6 +213,16 @@ def _costs(said: Answer, talk: Talk, peak: PeakMemory) -> Row:
     }
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Put a file in its place in one step: whoever looks finds the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
 class Kept:
     """Rows on disk while a run goes on, so that neither Ctrl-C nor a crash costs what was done.
 
@@ -218,9 +236,13 @@ class Kept:
         naming the first that differs. Nothing is overwritten then.
         """
         self.path = out.with_name(out.name + ".part")
+        if resume and not self.path.exists() and out.exists():
+            raise ValueError(
+                f"--resume: {out} is finished; leave --resume away to run anew"
+            )
         self._settings = json.loads(json.dumps(settings))
         self.rows: list[Row] = self._found(out, resume) if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in [{"settings": self._settings}, *self.rows]))
+        self._begun = False
 
     def _found(self, out: Path, resume: bool) -> list[Row]:
         try:
@@ -246,11 +268,19 @@ class Kept:
 
     def add(self, row: Row) -> None:
         """Keep a row, before the next one is begun."""
+        if not self._begun:
+            self._begin()
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _begin(self) -> None:
+        """Write what is kept so far to a new file, and put that in the place of the old one: never is there none."""
+        lines = [{"settings": self._settings}, *self.rows]
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._begun = True
 
     def close(self) -> None:
         """The report is written: rows need not be kept any more."""

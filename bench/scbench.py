@@ -1,7 +1,7 @@
 """`retrieval-attn bench scbench`: one context, many questions, with the cost of every turn."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,10 @@ from retrieval_attn.bench import quality_options as q
 from retrieval_attn.bench.latency_options import parse_names
 from retrieval_attn.bench.quality import Output, Report, exit_status, read_haystack, run
 from retrieval_attn.bench.quality_options import DEFAULT_METHODS, Settings, make_settings, parse_tasks
+
+if TYPE_CHECKING:
+    from retrieval_attn.bench.examples import Example, Prompts
+    from retrieval_attn.llm import LLM
 
 MODES = ("multi-turn", "multi-request")
 
@@ -85,18 +89,20 @@ def measure(settings: Settings, output: Output) -> Report:
         return scbench_maker(task, n_tokens, sample, settings.seed, text)
 
     def plan(llm: Any) -> Any:
+        from retrieval_attn.bench.examples import Prompts
         from retrieval_attn.bench.quality_plan import plan_examples, plan_tasks
 
         modes = settings.options["modes"]
         if read is None:
             return plan_tasks(settings, settings.options["tasks"], maker_of, modes, llm)
-        longest = min(max(settings.contexts), llm.max_tokens)
-        return plan_examples(cut(read, longest, llm), longest, modes, settings.limit)
+        longest, prompts = min(max(settings.contexts), llm.max_tokens), Prompts(llm)
+        return plan_examples(read[: settings.limit], longest, modes, lambda one: cut(one, longest, llm, prompts))
 
     report = run(settings, output, plan)
     report["notes"] += [
-        "multi-turn: the first question is read exactly with the context, as in SCBench, all but its last token; the "
-        "history holds the right answers; multi-request: the context was read without any question",
+        "multi-turn: the first question is read exactly with the context, as in SCBench, all but its last token, so it "
+        "has no TTFT; the history holds the right answers",
+        "multi-request: the context was read without a question, but for mf, where one stands before the numbers",
         "with followup=retrieve questions go through the method, too; vt here has five chains of two hops",
     ]
     return report
@@ -111,15 +117,23 @@ def _read_data(settings: Settings) -> Any:
     return read_scbench(Path(settings.options["data"]), None if task == "string" else task)
 
 
-def cut(examples: Any, longest: int, llm: Any) -> Any:
-    """The examples, contexts cut in the middle so that all turns fit into `longest` tokens."""
+def cut(example: "Example", longest: int, llm: "LLM", prompts: "Prompts") -> "Example":
+    """The example, its context cut in the middle so that all turns and an answer fit into `longest` tokens.
+
+    Raises ValueError if its turns alone leave no room.
+    """
     from dataclasses import replace
 
-    from retrieval_attn.bench.examples import Prompts
     from retrieval_attn.bench.scbench_data import truncate_middle
 
-    prompts = Prompts(llm)
-    return [
-        replace(one, context=truncate_middle(one.context, longest - prompts.room(one), llm.encode_text, llm.decode))
-        for one in examples
-    ]
+    bare = replace(example, context="")
+    around = prompts.count(bare) + prompts.room(bare)
+    # Where the halves meet, and at both ends, tokens may part.
+    room = longest - around - SEAMS
+    if room < 2:
+        raise ValueError(f"the turns of {example.id} take {around} tokens of {longest}; ask for a longer --context")
+    return replace(example, context=truncate_middle(example.context, room, llm.encode_text, llm.decode))
+
+
+# Tokens more than before that a cut context may have, encoded again.
+SEAMS = 16

@@ -1,9 +1,11 @@
 """`retrieval-attn bench suite`: every quality benchmark in one run, and their report."""
 
+import json
 import shlex
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,9 @@ import typer
 from retrieval_attn.bench import quality_options as q
 from retrieval_attn.bench.latency_options import parse_contexts
 from retrieval_attn.bench.report_format import short
+
+# What a command that Ctrl-C ended leaves behind.
+INTERRUPTED = 130
 
 
 def _parts(context: int, limit: int | None) -> dict[str, dict[str, Any]]:
@@ -28,11 +33,11 @@ def _parts(context: int, limit: int | None) -> dict[str, dict[str, Any]]:
             "fidelity": {"context": at, "limit": limit},
         }
     return {
-        "needle": {"context": grid, "depths": 10},
-        "ruler": {"context": at, "task": "all", "samples": 2},
+        "needle": {"context": grid, "depths": 10, "together": ""},
+        "ruler": {"context": at, "task": "all", "samples": 1},
         "scbench": {"context": at, "task": "all", "samples": 1},
         "ppl": {"context": grid},
-        "compare": {"context": at, "samples": 2},
+        "compare": {"context": at, "samples": 1},
         "fidelity": {"context": at},
     }
 
@@ -76,12 +81,13 @@ def command(
 
 
 def _run(name: str, folder: Path, asked: dict[str, Any], resume: bool) -> bool:
-    """One benchmark, into FOLDER; whether it went well."""
+    """One benchmark, into FOLDER; whether it went well. Ctrl-C ends it, and what would come after."""
     out = folder / f"{name}.json"
     if resume and out.exists():
-        return True
+        return _was_asked(out, asked)
     print(f"\n## {name}\n", flush=True)
-    words = [word for key, value in asked.items() if value is not None for word in (f"--{key}", str(value))]
+    # Flags have no value.
+    words = [word for key, value in asked.items() if value is not None for word in (f"--{key}", str(value)) if word]
     words += ["--out", str(out), *(["--plot", str(out.with_suffix(".png"))] if _can_draw() else [])]
     words += ["--resume"] if resume else []
     started = time.perf_counter()
@@ -94,20 +100,32 @@ def _run(name: str, folder: Path, asked: dict[str, Any], resume: bool) -> bool:
     return status == 0
 
 
+def _was_asked(out: Path, asked: dict[str, Any]) -> bool:
+    """Whether a report that is there went well; ValueError if it was made with other settings than are asked now."""
+    report = json.loads(out.read_text())
+    config = report.get("config", {})
+    wanted = {**asked, "contexts": list(parse_contexts(asked["context"]))}
+    for key in ("model", "seed", "contexts", "samples", "limit", "depths"):
+        if key in wanted and key in config and config[key] != wanted[key]:
+            raise ValueError(
+                f"--resume: {key} was {config[key]!r} in {out} and is {wanted[key]!r} now; ask for the same, or name "
+                "another folder"
+            )
+    return any(row["status"] == "ok" for row in report["results"])
+
+
 def _call(name: str, words: list[str]) -> int:
     """A benchmark's command in this process, as if its words were on the command line; its exit status."""
-    from importlib import import_module
-
     app = typer.Typer(add_completion=False)
     run: Callable[..., Any] = import_module(f"retrieval_attn.bench.{name}").command
     app.command(name)(run)
     try:
-        app(words, standalone_mode=False)
-    except typer.Exit as leaving:
-        return leaving.exit_code
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
-    return 0
+        status = app(words, standalone_mode=False) or 0
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    return int(status)
 
 
 def _can_draw() -> bool:

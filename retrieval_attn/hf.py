@@ -312,7 +312,7 @@ class RetrievalLayer(DynamicLayer):
 
 
 # What a fork with options of its own shares with what it was forked from.
-_KEPT_BY_FORKS = ("kv_dtype", "kv_dir", "build_queries", "prefill")
+KEPT_BY_FORKS = ("kv_dtype", "kv_dir", "build_queries", "prefill")
 
 
 class RetrievalCache(DynamicCache):
@@ -379,7 +379,7 @@ class RetrievalCache(DynamicCache):
 
         Raises ValueError naming the option that cannot be another.
         """
-        for name in _KEPT_BY_FORKS if config is not None else ():
+        for name in KEPT_BY_FORKS if config is not None else ():
             if getattr(config, name) != (now := getattr(self.config, name)):
                 raise ValueError(f"a fork must keep {name}={now!r}, got {getattr(config, name)!r}")
         twin = copy.copy(self)

@@ -1,6 +1,7 @@
 """Methods of the quality benchmarks: what they go on from is shared, what they answer is their own."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 import retrieval_attn as ra
 from retrieval_attn.bench.ann import FrozenIndex
-from retrieval_attn.bench.methods import METHODS, Bench, parse_method
+from retrieval_attn.bench.methods import METHODS, Bench, _nbytes, parse_method
 from retrieval_attn.bench.streaming import StreamingLayer
 from retrieval_attn.index import build_index
 
@@ -72,12 +73,13 @@ def test_forks_and_turns_do_not_see_each_other(bench, label):
 
 
 def test_reading_on_gives_the_same_as_reading_at_once(bench):
-    ids = text_ids(bench, 300)
-    part = bench.read(ids[:200])
+    """Longer than the window, so that a question that retrieved would give other keys."""
+    ids = text_ids(bench, 1500)
+    part = bench.read(ids[:1200])
     whole, on = bench.read(ids), bench.read(ids, after=part)
     for a, b in zip(whole.cache.memories, on.cache.memories, strict=True):
         assert (a.store.keys() - b.store.keys()).norm() < 1e-5 * a.store.keys().norm()
-    assert part.cache.get_seq_length() == 200
+    assert part.cache.get_seq_length() == 1200
 
 
 def test_streaming_is_full_attention_under_a_mask():
@@ -134,6 +136,7 @@ def test_hnsw_finds_old_keys_and_new_ones():
         ("full:top_k=3", "unknown option 'top_k'; choose from weights"),
         ("graph:top_k", "unknown option"),
         ("graph:top_k=0", "top_k must be an integer of at least 1, got 0"),
+        ("quantized:bits=x", "bits must be a number such as 2, 4 or 8, got 'x'"),
         ("full:weights=int3", "weights must be one of int8, int4, got 'int3'"),
     ],
 )
@@ -148,6 +151,7 @@ def test_options_reach_the_config():
     assert method.config.mass is None
     assert method.config.share_group is False
     assert parse_method("scan:weights=int4", ALL_KEYS).shares_prefill is False
+    assert parse_method("scan:kv_dtype=int8", ALL_KEYS).shares_prefill is False
     assert parse_method("scan:prefill=auto:prefill_chunk=2048", ALL_KEYS).shares_prefill is False
     assert all(parse_method(name, ALL_KEYS).name == name for name in METHODS)
 
@@ -159,3 +163,25 @@ def test_what_the_machine_lacks_is_said(bench, label, monkeypatch):
         pytest.skip("there is a GPU")
     with pytest.raises((ImportError, RuntimeError), match=r"GPU|pip install"):
         bench.start(parse_method(label, ALL_KEYS), [1, 2, 3], None)
+
+
+def test_int8_keys_are_read_by_the_method_itself(bench):
+    ids = text_ids(bench, 400)
+    talk = bench.start(parse_method("scan:kv_dtype=int8", ALL_KEYS), ids, bench.read(ids))
+    half = talk.answer([*ids, 5], 3).host_kv_bytes
+    whole = bench.start(parse_method("scan", ALL_KEYS), ids, bench.read(ids)).answer([*ids, 5], 3).host_kv_bytes
+    assert whole == 4 * half  # float32
+
+
+def test_bytes_of_what_is_quantised_are_those_it_takes():
+    """A quantised tensor says of itself what it would take if it were not; what it is made of does not."""
+
+    class Quantised(torch.Tensor):
+        def __tensor_flatten__(self):
+            return ["data_part", "scale_part"], None
+
+    held = torch.zeros(4, 64).as_subclass(Quantised)
+    held.data_part, held.scale_part = torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4)
+    layer = SimpleNamespace(keys=torch.zeros(2, 2), values=None, _quantized_keys=held, _quantized_values=(held, {}))
+    assert _nbytes(layer, "cpu") == 16 + 2 * (64 + 16)
+    assert _nbytes(layer, "cuda") == 0

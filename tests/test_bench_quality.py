@@ -53,7 +53,9 @@ def test_a_row_per_answer_with_every_field(llm):
     assert len(rows) == 2 * 2 * 2 * 3
     assert all(set(ROW_FIELDS) <= set(row) for row in rows)
     assert [row["turn"] for row in rows[:6]] == [1, 2, 3, 1, 2, 3]
-    assert all(row["status"] == "ok" and 0 <= row["score"] <= 1 and row["ttft_ms"] > 0 for row in rows)
+    assert all(row["status"] == "ok" and 0 <= row["score"] <= 1 for row in rows)
+    # Of the first of many turns all but the last token was read with the context.
+    assert all((row["ttft_ms"] is None) == (row["mode"] == "multi-turn" and row["turn"] == 1) for row in rows)
     # In many turns the history grows; requests stand alone.
     turns = [row["prompt_tokens"] for row in rows if row["mode"] == "multi-turn" and row["method"] == "full"][:3]
     alone = [row["prompt_tokens"] for row in rows if row["mode"] == "multi-request" and row["method"] == "full"][:3]
@@ -166,6 +168,11 @@ def test_rows_that_went_before_say_nothing_without_their_last():
 
 # Tables
 
+ENV = {
+    "cpu": "a", "cores": 1, "threads": 1, "omp_wait_policy": None, "isa": [], "packages": {}, "load_average": None,
+    "git": {"commit": None, "dirty": False}, "date": "today",
+}  # fmt: skip
+
 
 def rows_of(scores):
     one = Planned("kv", 8192, "a", "multi-turn", lambda: None)
@@ -184,11 +191,21 @@ def test_the_table_has_a_line_per_turn_and_a_column_per_method():
     rows = rows_of({"full": [1, 0.5], "scan": [1, 1]})
     rows.append(failed(Planned("kv", 8192, "a", "multi-turn", lambda: None), "graph", RuntimeError("no luck")))
     text = render(report_of(rows), "md", scores_only=True)
-    assert "| 1 | 100.0 | 100.0 | failed | 1 |" in text
-    assert "| 2 | 50.0 | 100.0 | failed | 1 |" in text
-    assert "| all | 75.0 | 100.0 | failed | 2 |" in text
+    assert "| 1 | 100.0 | 100.0 | failed | 0-1 |" in text
+    assert "| 2 | 50.0 | 100.0 | failed | 0-1 |" in text
+    assert "| all | 75.0 | 100.0 | failed | 0-2 |" in text
     assert "- graph: no luck" in text
     assert "ms" not in text.split("\n\n")[1]
+
+
+def test_what_a_method_could_not_answer_shows_beside_its_mean():
+    """One right answer of two, the other one out of memory: no better than a method that answered both."""
+    rows = rows_of({"full": [1, 0]}) + rows_of({"scan": [1]})
+    rows.append(failed(Planned("kv", 8192, "a", "multi-turn", lambda: None), "scan", MemoryError("no room"), turn=2))
+    text = render(report_of(rows), "md", scores_only=True)
+    assert "| all | 50.0 | 100.0 (1 of 2 out of memory) | 1-2 |" in text
+    assert "no room" not in text
+    assert "no room" in render({**report_of(rows), "env": ENV}, "md")
 
 
 def test_costs_are_medians_and_peaks():
@@ -242,7 +259,8 @@ def test_the_same_seed_gives_the_same_bytes(bench, capsys, tmp_path):
         assert status == 0
         outs.append(out)
     assert outs[0] == outs[1]
-    assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes() == outs[2].encode()
+    # The file has the times, too.
+    assert json.loads((tmp_path / "0.json").read_text())["env"]["packages"]
     assert (tmp_path / "0.png").stat().st_size > 10_000
     rows = json.loads(outs[2])["results"]
     assert {row["status"] for row in rows} <= {"ok", "failed"}

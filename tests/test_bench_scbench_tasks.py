@@ -195,9 +195,7 @@ def test_shots_are_of_both_kinds_and_all_letters():
 
 
 @pytest.mark.parametrize(("size", "n_pairs"), [(1, 1), (400, 10), (4000, 100), (8000, 100)])
-@pytest.mark.parametrize(
-    ("task", "key", "value"), [("mix_kv", UUID, UUID), ("mix_kv_short", "[a-z-]+", r"\d{7}")]
-)
+@pytest.mark.parametrize(("task", "key", "value"), [("mix_kv", UUID, UUID), ("mix_kv_short", "[a-z-]+", r"\d{7}")])
 def test_pairs_among_prose_answer_what_is_asked(task, key, value, size, n_pairs):
     example = make(task, size)
     lines = re.findall(rf'(?:^|\s)(\{{"{key}": "{value}"\}})(?=\s|$)', example.context)

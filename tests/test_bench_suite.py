@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import typer
 
 from retrieval_attn.bench import suite
 from retrieval_attn.cli import main
@@ -57,3 +58,26 @@ def test_bad_input_is_one_line(words, says, tmp_path, capsys):
     file.write_text("")
     assert call(*(word.format(file=file / "in", new=tmp_path / "new") for word in words)) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_exit_status_of_a_benchmark_counts(tmp_path, capsys, monkeypatch):
+    """Through the real call: a command that ends with 1 has failed, though it raised nothing."""
+
+    def command(**options):
+        raise typer.Exit(1)
+
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retrieval_attn.bench.ppl.command", lambda: command())
+    assert suite._call("ppl", []) == 1
+    monkeypatch.setattr("retrieval_attn.bench.ppl.command", lambda: interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        suite._call("ppl", [])
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
+    report = {"config": {"seed": 0, "contexts": [256, 1024], "model": None}, "results": []}
+    (tmp_path / "needle.json").write_text(json.dumps(report))
+    assert call(tmp_path, "-c", "1k", "--seed", "7", "--resume") == 2
+    assert "seed was 0 in" in capsys.readouterr().err
