@@ -583,7 +583,8 @@ STAGES = (
     Stage("forms", 4096, 7e-4, 1.0, 410, 410, 4096, dilution=20.0),
     Stage("forms", 512, 1.2e-3, 1.0, 200, 200, 4096),
     Stage("forms", 2048, 1e-3, 1.0, 260, 260, 4096, dilution=8.0),
-    Stage("forms", 4096, 7e-4, 1.0, 140, 140, 4096, dilution=24.0),
+    Stage("forms", 4096, 7e-4, 1.0, 140, 140, 4096, dilution=20.0),
+    Stage("context", 65536, 4e-4, 1.0, 32, 32, dilution=24.0),
 )
 PROSE_WEIGHT = 0.05
 # A stage ends with the running mean of its weights: the effect of a lower learning rate without the wait.

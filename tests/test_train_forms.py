@@ -59,4 +59,4 @@ def test_stages_of_forms_mix_in_the_old_kind(parts):
     published = ("special magic", "JSON object", "pass key", "high-quality answer")
     known = [any(words in text for words in published) for text in texts]
     assert 0.5 < np.mean(known) < 1
-    assert [stage.kind for stage in STAGES[-6:]] == ["forms"] * 6
+    assert [stage.kind for stage in STAGES[-7:]] == ["forms"] * 6 + ["context"]
