@@ -237,9 +237,7 @@ class Kept:
         """
         self.path = out.with_name(out.name + ".part")
         if resume and not self.path.exists() and out.exists():
-            raise ValueError(
-                f"--resume: {out} is finished; leave --resume away to run anew"
-            )
+            raise ValueError(f"--resume: {out} is finished; leave --resume away to run anew")
         self._settings = json.loads(json.dumps(settings))
         self.rows: list[Row] = self._found(out, resume) if self.path.exists() else []
         self._begun = False

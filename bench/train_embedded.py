@@ -549,8 +549,8 @@ def score(
 class Stage:
     """Train at one length until the moving accuracy passes `goal` (and at least `min_steps`) or `max_steps` are done.
 
-    kind: "repeats" (random tokens), "dialogue" (full back-propagation), "context" (through the questions only), "forms"
-    (full back-propagation; mostly dialogues as RULER, SCBench and needle tests hold them, see train_forms.py).
+    kind: "repeats" (random tokens), "dialogue" (full back-propagation), "context" (through the questions only). forms:
+    the share of dialogues in the words of RULER, SCBench and needle tests, see train_forms.py.
     """
 
     kind: str
@@ -561,10 +561,12 @@ class Stage:
     max_steps: int
     tokens_per_step: int = 8192
     dilution: float = 1.0
+    forms: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.length}" + (f"-diluted-{self.dilution:.0f}" if self.dilution > 1 else "")
+        diluted = f"-diluted-{self.dilution:.0f}" if self.dilution > 1 else ""
+        return f"{'forms-' if self.forms else ''}{self.kind}-{self.length}{diluted}"
 
 
 STAGES = (
@@ -578,13 +580,13 @@ STAGES = (
     Stage("dialogue", 8192, 6e-4, 0.97, 80, 80, dilution=16.0),
     Stage("dialogue", 4096, 1e-3, 0.99, 200, 240, dilution=32.0),
     Stage("context", 65536, 3e-4, 0.995, 24, 24, dilution=64.0),
-    Stage("forms", 384, 1.2e-3, 1.0, 500, 500, 4096),
-    Stage("forms", 1024, 8e-4, 1.0, 160, 160, 4096, dilution=4.0),
-    Stage("forms", 4096, 7e-4, 1.0, 410, 410, 4096, dilution=20.0),
-    Stage("forms", 512, 1.2e-3, 1.0, 200, 200, 4096),
-    Stage("forms", 2048, 1e-3, 1.0, 260, 260, 4096, dilution=8.0),
-    Stage("forms", 4096, 7e-4, 1.0, 140, 140, 4096, dilution=20.0),
-    Stage("context", 65536, 4e-4, 1.0, 32, 32, dilution=24.0),
+    Stage("dialogue", 384, 1.2e-3, 1.0, 500, 500, 4096, forms=0.8),
+    Stage("dialogue", 1024, 8e-4, 1.0, 160, 160, 4096, dilution=4.0, forms=0.8),
+    Stage("dialogue", 4096, 7e-4, 1.0, 410, 410, 4096, dilution=20.0, forms=0.8),
+    Stage("dialogue", 512, 1.2e-3, 1.0, 200, 200, 4096, forms=0.8),
+    Stage("dialogue", 2048, 1e-3, 1.0, 260, 260, 4096, dilution=8.0, forms=0.8),
+    Stage("dialogue", 4096, 7e-4, 1.0, 140, 140, 4096, dilution=20.0, forms=0.8),
+    Stage("context", 65536, 4e-4, 1.0, 32, 32, dilution=24.0, forms=0.7),
 )
 PROSE_WEIGHT = 0.05
 # A stage ends with the running mean of its weights: the effect of a lower learning rate without the wait.
@@ -598,6 +600,7 @@ def context_batches(
     model: Qwen2ForCausalLM, writer: Writer, stage: Stage, device: str
 ) -> Iterator[tuple[Batch, Context | None]]:
     """Question batches behind long documents; between them, one full dialogue of 4K tokens for each two."""
+    make = dialogues(writer, stage.forms)
     while True:
         facts = writer.facts(int(writer.rng.integers(50, 300)))
         ids = torch.from_numpy(writer.document(stage.length, facts).ids.astype(np.int64))[None].to(device)
@@ -609,20 +612,20 @@ def context_batches(
             rows = [chosen[i : i + per_row] for i in range(0, len(chosen), per_row)]
             yield stack([writer.turns(row, 10**9) for row in rows], device), context
             if step % 2:
-                yield stack([writer.dialogue(4096)], device), None
+                yield stack([make(4096)], device), None
 
 
-# Steps of "forms" stages on dialogues of the old kind, lest they be forgotten.
-PLAIN_SHARE = 0.2
+def dialogues(writer: Writer, forms: float) -> Callable[[int], Dialogue]:
+    """Makes dialogues of a length, this share of them in the forms of the benchmarks."""
+    from retrieval_attn.bench.train_forms import Forms  # It is made of what this module defines.
+
+    other = Forms(writer)
+    # No number is drawn without need: stages without forms go as they always went.
+    return lambda n: (other if forms and writer.rng.random() < forms else writer).dialogue(n)
 
 
 def plain_batches(writer: Writer, stage: Stage, device: str) -> Iterator[tuple[Batch, Context | None]]:
-    make = writer.repeats if stage.kind == "repeats" else writer.dialogue
-    if stage.kind == "forms":
-        from retrieval_attn.bench.train_forms import Forms  # It is made of what this module defines.
-
-        forms = Forms(writer)
-        make = lambda n: (writer.dialogue if writer.rng.random() < PLAIN_SHARE else forms.dialogue)(n)  # noqa: E731
+    make = writer.repeats if stage.kind == "repeats" else dialogues(writer, stage.forms)
     while True:
         yield stack([make(stage.length) for _ in range(max(1, stage.tokens_per_step // stage.length))], device), None
 

@@ -54,9 +54,9 @@ def test_the_text_is_tokenized_as_a_whole_would_be(parts):
 def test_stages_of_forms_mix_in_the_old_kind(parts):
     tokenizer, pools = parts
     writer = Writer(tokenizer, pools, np.random.default_rng(0))
-    batches = plain_batches(writer, Stage("forms", 256, 1e-3, 1.0, 1, 1, 2048), "cpu")
+    batches = plain_batches(writer, Stage("dialogue", 256, 1e-3, 1.0, 1, 1, 2048, forms=0.8), "cpu")
     texts = [tokenizer.decode(row) for _, (batch, _) in zip(range(6), batches, strict=False) for row in batch.ids]
     published = ("special magic", "JSON object", "pass key", "high-quality answer")
     known = [any(words in text for words in published) for text in texts]
     assert 0.5 < np.mean(known) < 1
-    assert [stage.kind for stage in STAGES[-7:]] == ["forms"] * 6 + ["context"]
+    assert [stage.forms > 0 for stage in STAGES] == [False] * 10 + [True] * 7
