@@ -98,7 +98,8 @@ def run(settings: Settings, output: Output, begin: Begin, load: Callable[[Settin
 
     methods = parse_methods(settings)
     device, threads = machine.prepare(settings.device, settings.threads)
-    settings = replace(settings, device=device)
+    # Now, and not at the end: the commit is that of the code that runs.
+    settings, env = replace(settings, device=device), machine.describe(threads)
     with bar(settings.bench) as advance:
         advance("loading the model", 0)
         bench = Bench(load(settings), partial(load_llm, settings))
@@ -110,7 +111,7 @@ def run(settings: Settings, output: Output, begin: Begin, load: Callable[[Settin
     return {
         "schema_version": report_format.SCHEMA_VERSION,
         "bench": settings.bench,
-        "env": machine.describe(threads),
+        "env": env,
         "config": settings.as_dict(),
         "results": rows,
         "notes": [],

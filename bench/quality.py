@@ -69,7 +69,8 @@ def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]]
     )
     methods = [parse_method(label, config) for label in settings.methods]
     device, threads = machine.prepare(settings.device, settings.threads)
-    settings = replace(settings, device=device)
+    # Now, and not at the end: the commit is that of the code that runs.
+    settings, env = replace(settings, device=device), machine.describe(threads)
     with bar(settings.bench) as advance:
         advance("loading the model", 0)
         bench = Bench(load_llm(settings), lambda weights: load_llm(settings, weights))
@@ -83,7 +84,7 @@ def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]]
     return {
         "schema_version": report_format.SCHEMA_VERSION,
         "bench": settings.bench,
-        "env": machine.describe(threads),
+        "env": env,
         "config": settings.as_dict(),
         "results": rows,
         "notes": [],
