@@ -16,7 +16,7 @@ DEFAULT = (
 
 
 def command(
-    task: Annotated[str, q._option("One task: needle, of RULER, or of SCBench.", "--task", "-t")] = "niah_multikey_2",
+    task: Annotated[str, q._option("One task: needle, of RULER, or of SCBench.", "--task", "-t")] = "niah_single_2",
     context: q.Context = "32k",
     method: q.MethodsOption = DEFAULT,
     samples: q.Samples = 3,

@@ -48,9 +48,9 @@ def command(
     )  # fmt: skip
     output = Output(form, out, plot, resume, scores_only, settings.as_dict())
     report = measure(settings, output)
-    from retrieval_attn.bench.quality_plot import plot_bars
+    from retrieval_attn.bench.quality_plot import plot_tasks
 
-    output.write(report, plot_bars)
+    output.write(report, plot_tasks)
     raise typer.Exit(exit_status(report["results"]))
 
 
