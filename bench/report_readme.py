@@ -130,11 +130,18 @@ def _index(row: Row) -> Row:
 
 
 def quality(found: Found, folder: Path) -> str:
-    """Mean scores in per cent, a line per report, task and context; of SCBench by mode, at the first and last turn."""
-    reports = [report for report in found.of(*ANSWERS) if report.rows]
+    """Mean scores in per cent, a line per report, task and context; of SCBench by mode, at the first and last turn.
+
+    Tasks at which no method is ever right are only named.
+    """
+    reports = [report for report in found.of(*SCORED) if report.rows]
     if not reports:
-        return f"No report of {', '.join(ANSWERS)} yet."
-    lines = [(report, line) for report in reports for line in _asked(report)]
+        return f"No report of {', '.join(SCORED)} yet."
+    every = [(report, line) for report in reports for line in _asked(report)]
+    able = {(report.name, line.task) for report, line in every if any(one.mean for one in line.scores.values())}
+    lines = [(report, line) for report, line in every if (report.name, line.task) in able]
+    beyond = dict.fromkeys(f"{_plain(line.task)} ({report.kind})"
+                           for report, line in every if (report.name, line.task) not in able)  # fmt: skip
     names = methods(line for _, line in lines)
     columns = [
         ("", "report", "{}"),
@@ -146,7 +153,8 @@ def quality(found: Found, folder: Path) -> str:
     ]
     rows = [_line(report, line, names, folder) for report, line in lines]
     said = "Mean scores in per cent, over the answers there are.\n\n"
-    return said + table(columns, rows) + "\n\n" + _sources(reports, folder)
+    failed = f"\n\nNo answer is right, whatever the method, in {', '.join(beyond)}." if beyond else ""
+    return said + table(columns, rows) + failed + "\n\n" + _sources(reports, folder)
 
 
 def _line(report: Report, line: Line, names: Iterable[str], folder: Path) -> Row:
@@ -166,6 +174,9 @@ def _asked(report: Report) -> list[Line]:
     lines = score_lines(report.rows, by_turn=turns)
     return ends(lines) if turns else lines
 
+
+# A comparison is a table of its own, of costs above all.
+SCORED = tuple(kind for kind in ANSWERS if kind != "compare")
 
 BLOCKS: dict[str, Callable[[Found, Path], str]] = {"latency": latency, "recall": recall, "quality": quality}
 

@@ -367,21 +367,21 @@ def test_what_the_blocks_say(results, tmp_path):
         "| `ivf` (recall 0.5 at most) | - | - | 57 | 24.7 % |",
     ]
     kv = [line for line in lines if line.startswith("| [scbench](results/scbench-made.json) | kv | 32K |")]
-    assert [line.split(" | ")[3:6] for line in kv] == [
-        [f"multi-{mode}, turn {turn}", "1", "-"] for mode in ("request", "turn") for turn in (1, 3)
+    assert [line.split(" | ")[3:5] for line in kv] == [
+        [f"multi-{mode}, turn {turn}", "1"] for mode in ("request", "turn") for turn in (1, 3)
     ]
     evil = html.escape(EVIL, quote=False).replace("|", "\\|")
     (heads,) = [line for line in lines if "mode and turn" in line]
-    assert heads == f"|  | task | context | mode and turn | answers | `full` | `graph` | `{evil}` |"
-    needle = "| [needle](results/needle-made.json) | needle | 32K |  | 2-3 | - | 66.7 (1 of 4 failed) | 33.3 |"
+    assert heads == f"|  | task | context | mode and turn | answers | `graph` | `{evil}` |"
+    needle = "| [needle](results/needle-made.json) | needle | 32K |  | 2-3 | 66.7 (1 of 4 failed) | 33.3 |"
     assert needle in lines
-    assert lines[-3].startswith("From [compare-made.json](results/compare-made.json) (commit 0123")
+    assert lines[-3].startswith("From [needle-made.json](results/needle-made.json) (commit 0123")
 
 
 def test_without_reports_the_quality_block_says_so(tmp_path):
     (tmp_path / "README.md").write_text("<!-- bench report: quality --><!-- end -->")
     assert call("--results", tmp_path, "--readme", tmp_path / "README.md").exit_code == 0
-    assert "\nNo report of compare, needle, ruler, scbench yet.\n" in (tmp_path / "README.md").read_text()
+    assert "\nNo report of needle, ruler, scbench yet.\n" in (tmp_path / "README.md").read_text()
 
 
 def test_check_changes_nothing_and_says_by_its_status_what_would_change(results, tmp_path):
