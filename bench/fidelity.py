@@ -10,8 +10,8 @@ import typer
 
 from retrieval_attn.bench import quality_options as q
 from retrieval_attn.bench.latency_options import at_least
-from retrieval_attn.bench.ppl import LimitUnits, TextOption, as_text, parse_methods, run, title
-from retrieval_attn.bench.quality import Output, Report, exit_status, load_llm, read_haystack
+from retrieval_attn.bench.ppl import LimitUnits, TextOption, as_text, run, title
+from retrieval_attn.bench.quality import Output, Report, exit_status, load_llm, parse_methods, read_haystack
 from retrieval_attn.bench.quality_options import Settings, make_settings
 from retrieval_attn.bench.report_format import Row, short, table
 

@@ -1,10 +1,10 @@
 """Ways to go on with one prompt, by name: ours, stock transformers', and what each of them costs per turn.
 
-spec = parse_method("graph:top_k=200:followup=exact")
-bench = Bench(load(model))
-read = bench.read(ids)                                # exact prefill, once, for every method that can share it
-talk = bench.start(spec, read)                        # builds the index, copies the cache, ...
-said = talk.answer(more_ids, max_new_tokens=32)       # more_ids begin with ids
+method = parse_method("graph:top_k=200:followup=exact", config)
+bench = Bench(llm, load)
+read = bench.read(ids)                       # exact prefill, once, for every method that can share it
+talk = bench.start(method, ids, read)        # builds the index, fills a cache, ...
+said = talk.answer([*ids, *question], 32)
 """
 
 import copy

@@ -1,7 +1,6 @@
 """`retrieval-attn bench ppl`: how well each method foretells a long text, and how far from full attention it is."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrieval_attn.bench import quality_options as q
-from retrieval_attn.bench import report_format
 from retrieval_attn.bench.latency_options import at_least
-from retrieval_attn.bench.quality import Output, Report, bar, exit_status, load_llm, read_haystack
+from retrieval_attn.bench.quality import (
+    Output,
+    Report,
+    as_report,
+    bar,
+    exit_status,
+    load_llm,
+    parse_methods,
+    read_haystack,
+    say,
+)
 from retrieval_attn.bench.quality_options import DEFAULT_METHODS, Settings, make_settings
 from retrieval_attn.bench.report_format import as_csv, short, table
 
@@ -105,30 +113,10 @@ def run(settings: Settings, output: Output, begin: Begin, load: Callable[[Settin
         bench = Bench(load(settings), partial(load_llm, settings))
         ids, task = begin(bench, methods)
         left = left_to_do(settings.contexts, methods, settings.limit, output.kept.rows if output.kept else ())
-        rows = collect(read_and_measure(bench, ids, left, task, advance), output.kept, _say)
+        rows = collect(read_and_measure(bench, ids, left, task, advance), output.kept, say)
     places = {label: i for i, label in enumerate(settings.methods)}
     rows.sort(key=lambda row: (settings.contexts.index(row["context"]), places[row["method"]]))
-    return {
-        "schema_version": report_format.SCHEMA_VERSION,
-        "bench": settings.bench,
-        "env": env,
-        "config": settings.as_dict(),
-        "results": rows,
-        "notes": [],
-    }
-
-
-def parse_methods(settings: Settings) -> list["Method"]:
-    """The methods of a run; ValueError for an unknown one."""
-    from retrieval_attn.bench.methods import parse_method
-    from retrieval_attn.config import RetrievalConfig
-
-    config = RetrievalConfig(top_k=settings.top_k, seed=settings.seed, threads=settings.threads)
-    return [parse_method(label, config) for label in settings.methods]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return as_report(settings, env, rows)
 
 
 _COLUMNS = [

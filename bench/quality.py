@@ -60,14 +60,10 @@ def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]]
     plan: what to run, given the loaded LLM. Raises ValueError for an unknown method before the model is loaded.
     """
     from retrieval_attn.bench import machine
-    from retrieval_attn.bench.methods import Bench, parse_method
+    from retrieval_attn.bench.methods import Bench
     from retrieval_attn.bench.quality_run import Runner, collect
-    from retrieval_attn.config import RetrievalConfig
 
-    config = RetrievalConfig(
-        top_k=settings.top_k, followup=settings.followup, seed=settings.seed, threads=settings.threads
-    )
-    methods = [parse_method(label, config) for label in settings.methods]
+    methods = parse_methods(settings)
     device, threads = machine.prepare(settings.device, settings.threads)
     # Now, and not at the end: the commit is that of the code that runs.
     settings, env = replace(settings, device=device), machine.describe(threads)
@@ -77,10 +73,26 @@ def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]]
         planned = plan(bench.llm)
         runner = Runner(bench, methods, device, share, lambda step: advance(*step))
         kept = output.kept
-        rows = collect(runner.rows(planned, kept.rows if kept else ()), kept, _say)
+        rows = collect(runner.rows(planned, kept.rows if kept else ()), kept, say)
     order = {one.example: i for i, one in enumerate(planned)}
     places = {label: i for i, label in enumerate(settings.methods)}
     rows.sort(key=lambda row: (order[row["example"]], row["mode"], places[row["method"]], row["turn"] or 0))
+    return as_report(settings, env, rows)
+
+
+def parse_methods(settings: Settings) -> list[Any]:
+    """The methods of a run; ValueError for an unknown one."""
+    from retrieval_attn.bench.methods import parse_method
+    from retrieval_attn.config import RetrievalConfig
+
+    config = RetrievalConfig(
+        top_k=settings.top_k, followup=settings.followup, seed=settings.seed, threads=settings.threads
+    )
+    return [parse_method(label, config) for label in settings.methods]
+
+
+def as_report(settings: Settings, env: dict[str, Any], rows: list[Row]) -> Report:
+    """Plain data, see `run`."""
     return {
         "schema_version": report_format.SCHEMA_VERSION,
         "bench": settings.bench,
@@ -137,7 +149,7 @@ def bar(what: str) -> Iterator[Callable[[str, float], None]]:
         def line(doing: str, share: float) -> None:
             if said[-1:] != [doing]:
                 said.append(doing)
-                _say(f"{share:4.0%} {doing}")
+                say(f"{share:4.0%} {doing}")
 
         yield line
         return
@@ -148,7 +160,8 @@ def bar(what: str) -> Iterator[Callable[[str, float], None]]:
         yield lambda doing, share: progress.update(task, completed=share, description=doing)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
