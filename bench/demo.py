@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from retrieval_attn.bench.facts import Document, Fact, document
-from retrieval_attn.chat import PhaseBar, count, size, wait_for_indexes
+from retrieval_attn.bench.shared.facts import Document, Fact, document
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.llm import EMBEDDED, LLM, load
 from retrieval_attn.session import Session
+from retrieval_attn.terminal.bar import PhaseBar, wait_for_indexes
+from retrieval_attn.terminal.shown import count, size
 
 # Facts in the document, or more if more are asked for: the others are there to be confused with them.
 N_FACTS = 48

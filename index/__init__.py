@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_attn.host import announce_compilation, require_safe_threads
+from retrieval_attn.compiled import announce_compilation
 from retrieval_attn.index import storage
 from retrieval_attn.index.exact import ExactIndex
-from retrieval_attn.index.graph import GraphIndex
+from retrieval_attn.index.graph.index import GraphIndex
 from retrieval_attn.index.ivf import IVFIndex
 from retrieval_attn.index.keys import Keys, check_keys
 from retrieval_attn.index.lift import Lift
-from retrieval_attn.index.page import PageIndex
+from retrieval_attn.index.page.index import PageIndex
 from retrieval_attn.index.protocol import BuildCancelled, Index, SearchResult, Steps, as_queries
-from retrieval_attn.index.scan import ScanIndex
+from retrieval_attn.index.scan.index import ScanIndex
+from retrieval_attn.threads.pool import require_safe_threads
 
 __all__ = ["INDEX_KINDS", "BuildCancelled", "Index", "SearchResult", "build_index", "load_index"]
 

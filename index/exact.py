@@ -11,13 +11,14 @@ from typing import Any
 import numba
 import numpy as np
 
-from retrieval_attn.host import Array, jit
+from retrieval_attn.arrays import Array
+from retrieval_attn.compiled import jit
 from retrieval_attn.index import storage
-from retrieval_attn.index.dots import dot, dots_4x1, dots_4x4
 from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.loops.dots import dot, dots_4x1, dots_4x4
+from retrieval_attn.index.loops.topk import best_first, offer, offer_run
 from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
-from retrieval_attn.index.topk import best_first, offer, offer_run
 
 # Keys scored before their scores are sorted in: 128 rows of bfloat16 at D = 128 stay in the first-level cache.
 BLOCK = 128

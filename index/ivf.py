@@ -13,12 +13,14 @@ import faiss
 import numba
 import numpy as np
 
-from retrieval_attn.host import Array, jit
+from retrieval_attn.arrays import Array
+from retrieval_attn.compiled import jit
 from retrieval_attn.index import storage
-from retrieval_attn.index.dots import dot
 from retrieval_attn.index.exact import scan
 from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.loops.dots import dot
+from retrieval_attn.index.loops.topk import best_first, offer
 from retrieval_attn.index.protocol import (
     SearchResult,
     Steps,
@@ -27,7 +29,6 @@ from retrieval_attn.index.protocol import (
     check_truncate,
     lifted_queries,
 )
-from retrieval_attn.index.topk import best_first, offer
 
 # New keys are scanned exactly until they are this share of the listed ones; then the lists are copied and extended.
 # A fixed share makes the copying cost per appended key constant.

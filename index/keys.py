@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retrieval_attn.host import BFLOAT16, Array, as_array, as_float32, as_stored, jit
+from retrieval_attn.arrays import BFLOAT16, Array, as_array, as_float32, as_stored
+from retrieval_attn.compiled import jit
 from retrieval_attn.index.lift import Lift
 
 # int8 keys are plain numbers: whoever scaled them multiplies the queries instead.

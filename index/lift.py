@@ -8,7 +8,7 @@ softmax weight. The bonus acts as one more coordinate of the key, at which every
 
 import numpy as np
 
-from retrieval_attn.host import Array
+from retrieval_attn.arrays import Array
 
 # Multipliers of the SplitMix64 generator.
 _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from retrieval_attn.host import BFLOAT16, Array, as_array, as_float32
+from retrieval_attn.arrays import BFLOAT16, Array, as_array, as_float32
 from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.lift import Lift
 

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from retrieval_attn.host import Array
+from retrieval_attn.arrays import Array
 from retrieval_attn.index.keys import DTYPES, Keys, as_layout, fingerprint
 from retrieval_attn.index.lift import Lift
 

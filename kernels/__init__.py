@@ -3,15 +3,16 @@
 `reference` defines every operation in plain float32; the files beside it are the same operations, fast.
 """
 
-from .far import attend_far
-from .knn import NearestKeys, nearest_keys
-from .merge import AttentionState, merge
-from .near import attend_near
-from .patterns import HeadPattern
-from .prefill import attend_dense
-from .sparse import SparseIndex, attend_sparse
-from .sparse_prefill import attend_adaptive, attend_patterns
-from .tail import TailSummary
+from retrieval_attn.kernels.dense import attend_dense
+from retrieval_attn.kernels.far import attend_far
+from retrieval_attn.kernels.knn import NearestKeys, nearest_keys
+from retrieval_attn.kernels.merge import AttentionState, merge
+from retrieval_attn.kernels.near import attend_near
+from retrieval_attn.kernels.sparse.attend import attend_sparse
+from retrieval_attn.kernels.sparse.by_head import attend_adaptive, attend_patterns
+from retrieval_attn.kernels.sparse.lists import SparseIndex
+from retrieval_attn.kernels.sparse.patterns import HeadPattern
+from retrieval_attn.kernels.tail import TailSummary
 
 __all__ = [
     "AttentionState", "HeadPattern", "NearestKeys", "SparseIndex", "TailSummary", "attend_adaptive", "attend_dense",

@@ -16,9 +16,10 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from retrieval_attn.host import Array, as_array, as_stored, jit, load, require_safe_threads
-
-from .merge import AttentionState
+from retrieval_attn.arrays import Array, as_array, as_stored
+from retrieval_attn.compiled import jit, load
+from retrieval_attn.kernels.merge import AttentionState
+from retrieval_attn.threads.pool import require_safe_threads
 
 # Keys scored at a time, while the next as many are on their way from memory.
 AHEAD = 8

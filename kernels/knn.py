@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .merge import has_triton
-from .sparse import DTYPES, HEAD_DIMS
+from retrieval_attn.kernels.merge import has_triton
+from retrieval_attn.kernels.sparse.lists import DTYPES, HEAD_DIMS
 
 log = logging.getLogger("retrieval_attn")
 
@@ -56,7 +56,7 @@ def nearest_keys(queries: Tensor, keys: Tensor, k: int) -> NearestKeys:
     if folded.numel() == 0 or most == 0:
         best = folded.new_full((*folded.shape[:2], 0), 0, dtype=torch.int64)
     elif queries.device.type == "cuda" and _is_fused(queries.device, D, most):
-        from .triton_knn import best_keys
+        from retrieval_attn.kernels.triton_knn import best_keys
 
         best = best_keys(folded, keys, most)
     else:

@@ -60,7 +60,7 @@ def _merge_pair(
     out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     if out.device.type == "cuda" and out.numel() and has_triton(out.device):
-        from .triton_merge import merge_pair
+        from retrieval_attn.kernels.gpu.merge import merge_pair
 
         return merge_pair(out, lse, other_out, other_lse, dtype)
     # Both weights are at most 1: the larger lse is subtracted inside sigmoid and logaddexp.

@@ -6,9 +6,9 @@ import logging
 import torch
 from torch import Tensor
 
-from .merge import AttentionState, attend, has_triton
-from .prefill import attend_dense, check_attention, common_dtype, fold_group, unfold_group
-from .sparse import DTYPES, HEAD_DIMS
+from retrieval_attn.kernels.dense import attend_dense, check_attention, common_dtype, fold_group, unfold_group
+from retrieval_attn.kernels.merge import AttentionState, attend, has_triton
+from retrieval_attn.kernels.sparse.lists import DTYPES, HEAD_DIMS
 
 log = logging.getLogger("retrieval_attn")
 
@@ -35,7 +35,7 @@ def attend_near(
     if mask is not None:
         _check_mask(mask, query, keys)
     if query.device.type == "cuda" and _is_one_launch(query, keys, values):
-        from .triton_near import attend_near as launch
+        from retrieval_attn.kernels.gpu.near import attend_near as launch
 
         return launch(query, keys, values, scale, mask)
     if mask is None:

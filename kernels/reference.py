@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrieval_attn.host import Array
-
-from .knn import NearestKeys
-from .merge import AttentionState, attend
-from .sparse import SparseIndex
+from retrieval_attn.arrays import Array
+from retrieval_attn.kernels.knn import NearestKeys
+from retrieval_attn.kernels.merge import AttentionState, attend
+from retrieval_attn.kernels.sparse.lists import SparseIndex
 
 __all__ = ["attend_dense", "attend_far", "attend_near", "attend_sparse", "listed_keys", "merge", "nearest_keys"]
 

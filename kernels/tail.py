@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval_attn.host import Array, jit
-
-from .merge import AttentionState
+from retrieval_attn.arrays import Array
+from retrieval_attn.compiled import jit
+from retrieval_attn.kernels.merge import AttentionState
 
 # Tokens per page, and the pages that a context is cut into when it is long. Pages of 16 to 1024 tokens gave the same
 # error to 2 % on synthetic vectors, of 64 and 256 to 2 % on trained ones: longer contexts take longer pages, not more.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .knn import EMPTY
+from retrieval_attn.kernels.knn import EMPTY
 
 # Slots a query: at least k and the keys of a tile.
 ROOMS = (256, 1024)

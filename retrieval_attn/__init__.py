@@ -16,7 +16,8 @@ from retrieval_attn.config import RetrievalConfig
 
 if TYPE_CHECKING:
     from retrieval_attn.generate import Completion
-    from retrieval_attn.hf import RetrievalCache, register, unregister
+    from retrieval_attn.hf.attention import register, unregister
+    from retrieval_attn.hf.cache import RetrievalCache
     from retrieval_attn.llm import LLM, load
     from retrieval_attn.session import Session
 
@@ -28,11 +29,11 @@ __all__ = ["LLM", "Completion", "RetrievalCache", "RetrievalConfig", "Session", 
 _HOMES = {
     "LLM": "llm",
     "Completion": "generate",
-    "RetrievalCache": "hf",
+    "RetrievalCache": "hf.cache",
     "Session": "session",
     "load": "llm",
-    "register": "hf",
-    "unregister": "hf",
+    "register": "hf.attention",
+    "unregister": "hf.attention",
 }
 
 

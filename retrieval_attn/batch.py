@@ -20,8 +20,8 @@ from retrieval_attn.generate import (
     stop_reason,
     summarise,
 )
-from retrieval_attn.hf import RetrievalCache
-from retrieval_attn.plan import MemoryPlan
+from retrieval_attn.hf.cache import RetrievalCache
+from retrieval_attn.plan.plan import MemoryPlan
 
 # Any id of the vocabulary would do: it is masked wherever it stands.
 PADDING = 0

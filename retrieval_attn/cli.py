@@ -15,20 +15,11 @@ from rich.progress import Progress
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from retrieval_attn.chat import (
-    REPORTED,
-    Chat,
-    PhaseBar,
-    is_a_person,
-    is_session,
-    one_line,
-    read_text,
-    remember_lines,
-    session_folder,
-    show_answer,
-    stats_line,
-)
 from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
+from retrieval_attn.terminal.bar import PhaseBar
+from retrieval_attn.terminal.chat import Chat
+from retrieval_attn.terminal.files import is_a_person, is_session, read_text, remember_lines, session_folder
+from retrieval_attn.terminal.shown import REPORTED, one_line, show_answer, stats_line
 
 if TYPE_CHECKING:
     from retrieval_attn.llm import LLM
@@ -51,7 +42,7 @@ class _Benchmarks(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"retrieval_attn.bench.{cmd_name}")
+        module = importlib.import_module(f"retrieval_attn.bench.{cmd_name}.command")
         holder = typer.Typer(add_completion=False)
         holder.command(cmd_name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(module.command)
         return typer.main.get_command(holder)
@@ -317,12 +308,12 @@ def estimate(
 
     The device may be one that this machine lacks: --device cuda --device-memory 24g.
     """
-    from retrieval_attn.bench.latency_options import parse_contexts
+    from retrieval_attn.bench.latency.options import parse_contexts
 
     contexts = parse_contexts(context)
     with _waiting(Console(stderr=True), f"planning for {model or 'the embedded model'}"):
         _quiet_transformers()
-        from retrieval_attn.plan_report import as_lines, as_table, estimate_memory
+        from retrieval_attn.terminal.plan_report import as_lines, as_table, estimate_memory
 
         config = _config(
             index=index, top_k=top_k, estimator=estimator, n_sink=n_sink, n_local=n_local, prefill=prefill,
@@ -358,7 +349,7 @@ def search_patterns(
     The model reads a text, and each head tries every pattern; that whose output is nearest to dense attention's wins.
     The file has the form in which MInference publishes its own. Ctrl-C leaves it as it was.
     """
-    from retrieval_attn.patterns import check_savable
+    from retrieval_attn.attention.pattern_files import check_savable
 
     check_savable(out)
     read = read_text(str(text))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from retrieval_attn.attention.decode import StepClock
+from retrieval_attn.attention.layer_memory import LayerMemory
+from retrieval_attn.attention.prefill import EXACT_TAIL, PrefillPolicy
 from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.decode import StepClock
-from retrieval_attn.hf import RetrievalCache
-from retrieval_attn.memory import LayerMemory
-from retrieval_attn.plan_terms import ModelShape, stored_kv
-from retrieval_attn.prefill import EXACT_TAIL, PrefillPolicy
+from retrieval_attn.hf.cache import RetrievalCache
+from retrieval_attn.plan.terms import ModelShape, stored_kv
 
 REPORT_EVERY_S = 0.2
 

@@ -13,9 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from retrieval_attn.batch import BatchRequest, is_batch, sampling_per_row, total_plan
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import Completion, OnProgress, Request, Sampling, longest_context
-from retrieval_attn.hf import NAME, RetrievalCache, prefill_patterns, refuse_unserved, register
+from retrieval_attn.hf.attention import NAME, register
+from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
+from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.kernels import HeadPattern
-from retrieval_attn.plan import MemoryPlan, plan_memory
+from retrieval_attn.plan.plan import MemoryPlan, plan_memory
 from retrieval_attn.session import Session
 
 Prompt = str | Tensor | Sequence[int] | Sequence[dict[str, str]]
@@ -157,7 +159,7 @@ class LLM:
 
     def restore(self, directory: str | Path) -> Session:
         """A conversation saved by `Session.save`. Raises ValueError, with the reason, for anything else."""
-        from retrieval_attn.saved import restore_session
+        from retrieval_attn.saving.session_files import restore_session
 
         return restore_session(self, Path(directory))
 

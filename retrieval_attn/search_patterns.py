@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from retrieval_attn.attention.pattern_files import ABSENT, save_patterns
 from retrieval_attn.generate import OnProgress, Progress
-from retrieval_attn.hf import watched_attention
+from retrieval_attn.hf.attention import watched_attention
 from retrieval_attn.kernels import HeadPattern, attend_dense, attend_patterns
-from retrieval_attn.kernels.coverage import Layout
-from retrieval_attn.kernels.patterns import fixed_index
+from retrieval_attn.kernels.sparse.coverage import Layout
+from retrieval_attn.kernels.sparse.patterns import fixed_index
 from retrieval_attn.llm import LLM
-from retrieval_attn.patterns import ABSENT, save_patterns
 
 # Keys per query; the paper's 1024 + 4096.
 BUDGET = 5120

@@ -170,7 +170,7 @@ class Session:
 
     def save(self, directory: str | Path) -> None:
         """Write the conversation with its keys, values and indexes to a new folder; see `LLM.restore`."""
-        from retrieval_attn.saved import save_session
+        from retrieval_attn.saving.session_files import save_session
 
         save_session(self, Path(directory))
 

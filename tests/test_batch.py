@@ -8,9 +8,10 @@ from tiny_models import save_tiny_chat_model
 from transformers import AutoModelForCausalLM
 
 import retrieval_attn as ra
-from retrieval_attn import batch, hf
+from retrieval_attn import batch
 from retrieval_attn.batch import is_batch, pad_left, refuse_padding
-from retrieval_attn.far_index import n_covered
+from retrieval_attn.far.far_index import n_covered
+from retrieval_attn.hf import cache as hf
 from retrieval_attn.llm import LLM
 
 EVERYTHING = 1 << 20

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retrieval_attn as ra
-from retrieval_attn.bench.facts import document
-from retrieval_attn.estimate import FarState
+from retrieval_attn.bench.shared.facts import document
+from retrieval_attn.far.estimators import FarState
 from retrieval_attn.kernels import AttentionState
 from retrieval_attn.llm import EMBEDDED
 
@@ -77,7 +77,7 @@ def test_without_far_keys_it_cannot_know(llm, document_8k, monkeypatch):
     """The tests above prove something: with the window alone, the same model fails."""
     session = llm.session()
     session.read(document_8k.text)
-    monkeypatch.setattr("retrieval_attn.decode.attend_found", _attend_to_nothing)
+    monkeypatch.setattr("retrieval_attn.attention.decode.attend_found", _attend_to_nothing)
     asked = document_8k.facts[:10]
     answers = []
     for fact in asked:

@@ -75,13 +75,13 @@ def failing_builds(monkeypatch, kind, error):
             raise error
         return build_index(wanted, *args, **options)
 
-    monkeypatch.setattr("retrieval_attn.build.build_index", build_or_fail)
+    monkeypatch.setattr("retrieval_attn.far.index_build.build_index", build_or_fail)
 
 
 def start_child(function, folder):
     """Call a function of this file in a process of its own, with the folder of a model."""
     code = f"import test_faults; test_faults.{function.__name__}({str(folder)!r})"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -269,7 +269,7 @@ def interrupting_builds(monkeypatch, at):
             os.kill(os.getpid(), signal.SIGINT)
         return index
 
-    monkeypatch.setattr("retrieval_attn.build.build_index", build_and_interrupt)
+    monkeypatch.setattr("retrieval_attn.far.index_build.build_index", build_and_interrupt)
 
 
 class TestThreads:
@@ -328,7 +328,7 @@ def endless_builds(monkeypatch):
             pass
         raise BuildCancelled("cancelled")
 
-    monkeypatch.setattr("retrieval_attn.build.build_index", build_on)
+    monkeypatch.setattr("retrieval_attn.far.index_build.build_index", build_on)
     return end
 
 
@@ -366,7 +366,7 @@ def disk(tmp_path, monkeypatch):
     if mounted.returncode:
         pytest.skip(f"only root may mount a small disk: {mounted.stderr.decode().strip()}")
     # Page by page, so that a small disk is filled midway.
-    monkeypatch.setattr("retrieval_attn.pages._DISK_STEP", 4096)
+    monkeypatch.setattr("retrieval_attn.kv.address_space._DISK_STEP", 4096)
     yield Disk(tmp_path)
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
@@ -397,7 +397,7 @@ class TestFullDisk:
     @pytest.fixture
     def session(self, folder, disk, monkeypatch):
         """One that shares its text with forks, short as it is."""
-        monkeypatch.setattr("retrieval_attn.rows.FEW", 0)
+        monkeypatch.setattr("retrieval_attn.kv.shared_rows.FEW", 0)
         session = load_tiny(folder, kv_dir=str(disk.folder)).session()
         asked(session, 1)
         return session

@@ -9,8 +9,8 @@ import torch
 from tiny_models import prompt_ids, save_tiny_chat_model, tiny_model
 
 import retrieval_attn as ra
-import retrieval_attn.far_index
-from retrieval_attn.hf import RetrievalLayer
+import retrieval_attn.far.far_index
+from retrieval_attn.hf.layer import RetrievalLayer
 
 EVERYTHING = 1 << 20
 TEXT = "The lighthouse keeper counts ships. " * 8
@@ -242,7 +242,7 @@ def test_int8_scales_that_change_in_an_append_that_fails(monkeypatch):
     index = memory.index()
     keys, values = memory.store.read(0, 1)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
-        patched.setattr("retrieval_attn.offload.HostStore._write", _raising(OSError("full")))
+        patched.setattr("retrieval_attn.kv.host_store.HostStore._write", _raising(OSError("full")))
         memory.append(torch.zeros((1, 4, 1, 16)), keys[None] * 50, values[None])
     memory.crop(301)
     assert memory.index() is not index
@@ -276,13 +276,13 @@ def test_a_fork_and_a_restored_session_go_on_where_the_last_step_was(folders, tm
 def test_answers_do_not_depend_on_when_the_background_is_done(folders, monkeypatch):
     llm = ra.load(folders("llama"), small("scan", top_k=8), dtype="float32")
     expected = llm.generate(TEXT, max_new_tokens=200).token_ids
-    append = retrieval_attn.far_index._append_next
+    append = retrieval_attn.far.far_index._append_next
 
     def late(*args):
         time.sleep(0.3)
         append(*args)
 
-    monkeypatch.setattr("retrieval_attn.far_index._append_next", late)
+    monkeypatch.setattr("retrieval_attn.far.far_index._append_next", late)
     assert llm.generate(TEXT, max_new_tokens=200).token_ids == expected
 
 

@@ -1,4 +1,4 @@
-"""The folder tree is the data flow: imports point down."""
+"""The folder tree is the data flow: rooms stand in an order, imports point down it, and no files form a circle."""
 
 import ast
 import subprocess
@@ -9,69 +9,148 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# What each file of the runtime may know of the runtime, in the order a request meets them.
-RUNTIME = ["host", "cores", "jobs", "config", "patterns", "choose", "window", "resident", "pages", "rows", "int8"]
-RUNTIME += ["offload", "build", "far_index", "memory", "stream", "estimate", "decode"]
-RUNTIME += ["break_even", "prefill", "compat", "hf", "plan_terms", "plan", "generate", "batch", "session"]
-RUNTIME += ["durable", "sealed", "manifest", "saved", "llm", "plan_report", "search_patterns", "chat", "cli"]
+# The rooms of the package, lowest first. A file of a room may import its own room and those before it.
+ROOMS = ["arrays", "compiled", "threads", "config", "index", "kernels", "kv", "far", "attention", "hf", "plan"]
+ROOMS += ["generate", "batch", "saving", "session", "llm", "search_patterns", "terminal", "embedded", "bench", "cli"]
 
-# Imports inside a function that close a circle on purpose: the later file calls back into the earlier one's object.
-CALLBACKS = {("session", "saved"), ("llm", "saved")}
+# What the two leaves share with the runtime.
+GROUND = {"arrays", "compiled", "threads.pool"}
+
+# The rooms of the benchmarks, lowest first.
+BENCH_ROOMS = ["shared", "vectors", "methods", "quality", "demo", "latency", "recall", "kernels", "memory", "long"]
+BENCH_ROOMS += ["ppl", "fidelity", "ruler", "needle", "scbench", "harness", "compare", "report", "suite", "gpu_check"]
+BENCH_ROOMS += ["train"]
+
+# A folder that holds more is divided.
+MOST_FILES = 20
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports while running, not only for type checking."""
+def module_of(path: Path) -> str:
+    """The dotted name below `retrieval_attn`; "" for the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "retrieval_attn" else parts
+    return ".".join(parts).removesuffix("__init__").removesuffix(".")
+
+
+FILES = {
+    module_of(path): path
+    for folder in ("retrieval_attn", "index", "kernels", "bench")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports while it runs, also within functions; not what is for type checking alone."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level <= 1, f"{path}: {ast.unparse(node)}"
-            package = {"index": "retrieval_attn.index", "kernels": "retrieval_attn.kernels"}.get(path.parent.name, "")
-            found.add(".".join(filter(None, [package if node.level else "", node.module])))
+            assert node.level == 0, f"{path}: imports are written out, as from retrieval_attn..., not relative"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).glob("*.py"))
+def known(path: Path) -> set[str]:
+    """The modules of ours among them."""
+    found = set()
+    for name in imported(path):
+        own = name.removeprefix("retrieval_attn.")
+        if name.startswith("retrieval_attn.") and own in FILES:
+            found.add(own)
+        elif name.startswith("retrieval_attn."):
+            found.add(own.rpartition(".")[0])
+    return found - {""}
 
 
-def ours(path: Path) -> set[str]:
-    return {name for name in imports(path) if name.split(".")[0] == "retrieval_attn"}
+GRAPH = {module: known(path) - {module} for module, path in FILES.items()}
 
 
-@pytest.mark.parametrize("path", files("index"), ids=lambda p: p.name)
-def test_index_is_a_leaf_without_torch(path):
-    assert all(name.startswith(("retrieval_attn.index", "retrieval_attn.host")) for name in ours(path))
-    assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "triton"}
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import each other, by whatever way round."""
+    reach = {module: set(seen) for module, seen in graph.items()}
+    while True:
+        wider = {module: seen.union(*(reach.get(other, set()) for other in seen)) for module, seen in reach.items()}
+        if wider == reach:
+            return sorted(
+                {tuple(sorted(m for m in seen if module in reach[m])) for module, seen in reach.items()} - {()}
+            )
+        reach = wider
 
 
-@pytest.mark.parametrize("path", files("kernels"), ids=lambda p: p.name)
-def test_kernels_is_a_leaf_without_transformers(path):
-    assert all(name.startswith(("retrieval_attn.kernels", "retrieval_attn.host")) for name in ours(path))
-    assert not {name.split(".")[0] for name in imports(path)} & {"transformers", "faiss"}
+def test_no_files_import_each_other_in_a_circle():
+    assert circles(GRAPH) == []
 
 
-@pytest.mark.parametrize("path", files("retrieval_attn"), ids=lambda p: p.name)
-def test_runtime_points_down(path):
-    if path.stem == "__init__":
-        return
-    known = {name.split(".")[1] for name in ours(path) if name != "retrieval_attn"}
-    later = {n for n in known & set(RUNTIME) if RUNTIME.index(n) >= RUNTIME.index(path.stem)}
-    assert {(path.stem, n) for n in later} <= CALLBACKS
-    if path.stem not in ("chat", "cli"):
-        assert "bench" not in known
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [("b", "c")]
 
 
-def test_one_file_imports_faiss_and_few_know_transformers_caches():
-    everywhere = [p for folder in ("index", "kernels", "retrieval_attn") for p in files(folder)]
-    assert [p.name for p in everywhere if "faiss" in imports(p)] == ["ivf.py"]
-    # plan_terms.py only asks which layers a model has.
-    assert {p.name for p in everywhere if "transformers.cache_utils" in imports(p)} <= {"hf.py", "plan_terms.py"}
+def folder_graph() -> dict[str, set[str]]:
+    """Which folders import which; a file beside folders is a room of its own."""
+
+    def room(module: str) -> str:
+        package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+        return package if package not in ("", "bench", "index", "kernels") else module
+
+    graph: dict[str, set[str]] = {}
+    for module, seen in GRAPH.items():
+        if FILES[module].name != "__init__.py":
+            graph.setdefault(room(module), set()).update(room(other) for other in seen)
+    return {name: seen - {name} for name, seen in graph.items()}
+
+
+def test_no_folders_import_each_other_in_a_circle():
+    assert circles(folder_graph()) == []
+
+
+@pytest.mark.parametrize("module", [m for m in GRAPH if m], ids=str)
+def test_rooms_point_down(module):
+    room = module.split(".")[0]
+    assert room in ROOMS, f"{room} has no place in ROOMS"
+    seen = {other.split(".")[0] for other in GRAPH[module]}
+    above = {other for other in seen if ROOMS.index(other) > ROOMS.index(room)}
+    assert not above, f"{module} stands below {above}"
+    if room in ("index", "kernels"):
+        assert {m for m in GRAPH[module] if m.split(".")[0] != room} <= GROUND
+    if room not in ("bench", "cli"):
+        assert "bench" not in seen
+
+
+@pytest.mark.parametrize("module", [m for m in GRAPH if m.startswith("bench.")], ids=str)
+def test_rooms_of_the_benchmarks_point_down(module):
+    room = module.split(".")[1]
+    assert room in BENCH_ROOMS, f"{room} has no place in BENCH_ROOMS"
+    seen = {other.split(".")[1] for other in GRAPH[module] if other.startswith("bench.")}
+    assert not {other for other in seen if BENCH_ROOMS.index(other) > BENCH_ROOMS.index(room)}
+
+
+def test_folders_are_small():
+    folders = {path.parent for path in FILES.values()}
+    sizes = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert {name: n for name, n in sizes.items() if n > MOST_FILES} == {}
+
+
+def users_of(library: str) -> set[str]:
+    return {m for m, path in FILES.items() if any(n == library or n.startswith(f"{library}.") for n in imported(path))}
+
+
+def test_what_each_folder_never_knows():
+    for library in ("torch", "transformers", "triton"):
+        assert not {m for m in users_of(library) if m.split(".")[0] == "index"}
+    assert not {m for m in users_of("transformers") if m.split(".")[0] == "kernels"}
+    assert {m for m in users_of("faiss") if not m.startswith("bench.")} == {"index.ivf"}
+
+
+def test_one_folder_knows_transformers_caches():
+    runtime = {m for m in users_of("transformers.cache_utils") if not m.startswith("bench.")}
+    # plan.terms only asks which layers a model has.
+    assert {m for m in runtime if not m.startswith("hf.")} <= {"plan.terms"}
 
 
 @pytest.mark.parametrize(

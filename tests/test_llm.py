@@ -6,10 +6,10 @@ from tiny_models import save_tiny_chat_model
 from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 import retrieval_attn as ra
-from retrieval_attn import prefill
+from retrieval_attn.attention import prefill
+from retrieval_attn.attention.pattern_files import save_patterns
 from retrieval_attn.generate import chunk_ends
 from retrieval_attn.kernels import HeadPattern
-from retrieval_attn.patterns import save_patterns
 
 CONFIG = ra.RetrievalConfig(index="exact", top_k=1 << 20, n_sink=4, n_local=16, exact_below=0, prefill_chunk=50)
 TEXT = "The lighthouse keeper counts ships. " * 5

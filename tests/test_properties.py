@@ -18,9 +18,9 @@ from torch import Tensor
 
 import retrieval_attn as ra
 from retrieval_attn.generate import Request, Sampling
-from retrieval_attn.offload import HostStore
-from retrieval_attn.rows import Rows
-from retrieval_attn.window import Split, Window, split
+from retrieval_attn.kv.host_store import HostStore
+from retrieval_attn.kv.shared_rows import Rows
+from retrieval_attn.kv.window import Split, Window, split
 
 # Largest relative error of the logits of one token. Measured over all examples of this file: 5e-5.
 TOLERANCE = 5e-4
@@ -225,8 +225,8 @@ def play(scenario: Scenario) -> None:
     """Go through a conversation, and check every side of it."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
-        patched.setattr("retrieval_attn.rows.FEW", scenario.few)
-        patched.setattr("retrieval_attn.pages._DISK_STEP", 1 << 14)
+        patched.setattr("retrieval_attn.kv.shared_rows.FEW", scenario.few)
+        patched.setattr("retrieval_attn.kv.address_space._DISK_STEP", 1 << 14)
         options = scenario.options | {"kv_dir": folder if scenario.on_disk else None}
         config = ra.RetrievalConfig(top_k=1 << 20, estimator="topk", exact_below=0, **options)
         cache = ra.RetrievalCache(ours(scenario.model).config, config)

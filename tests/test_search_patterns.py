@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 import retrieval_attn as ra
 from retrieval_attn import cli, search_patterns
-from retrieval_attn.hf import watched_attention
+from retrieval_attn.attention.pattern_files import ABSENT, load_patterns
+from retrieval_attn.hf.attention import watched_attention
 from retrieval_attn.kernels import HeadPattern, attend_dense, reference
-from retrieval_attn.kernels.coverage import Layout
-from retrieval_attn.kernels.patterns import fixed_index
+from retrieval_attn.kernels.sparse.coverage import Layout
+from retrieval_attn.kernels.sparse.patterns import fixed_index
 from retrieval_attn.llm import LLM
-from retrieval_attn.patterns import ABSENT, load_patterns
 from retrieval_attn.search_patterns import Attended, SearchedPatterns, Tried, candidates, sample_chunks, search_layer
 
 N, D, BUDGET = 4096, 64, 1024

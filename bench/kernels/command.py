@@ -1,0 +1,174 @@
+"""`retrieval-attn bench kernels`: sparse prefill beside dense attention, and the kernels of decode and build."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrieval_attn.bench.kernels.options import DEVICES, DTYPES, PATTERNS, STEPS, Options, make_options
+from retrieval_attn.bench.latency.options import SHAPES, choose
+from retrieval_attn.bench.shared import report as report_format
+from retrieval_attn.bench.shared.report import FORMATS, Row, short
+from retrieval_attn.config import RetrievalConfig
+
+if TYPE_CHECKING:
+    from retrieval_attn.bench.kernels.measure import Plan
+
+
+def _option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text)
+
+
+def command(
+    context: Annotated[str, _option("Lengths of prompts; k = 1024, m = 1024 k.", "--context", "-c")] = "8k,32k",
+    patterns: Annotated[str, _option(f"{', '.join(PATTERNS)}; or none.", "--patterns")] = ",".join(PATTERNS),
+    steps: Annotated[str, _option(f"{', '.join(STEPS)}; or none.", "--steps")] = ",".join(STEPS),
+    source: Annotated[str, _option("shaped_mixed, shaped, or real:LAYER.", "--source", "-s")] = "shaped_mixed",
+    shape: Annotated[str, _option(f"{', '.join(SHAPES)} or H,G,D; a real layer has its own.", "--shape")] = "llama3-8b",
+    mass: Annotated[float, _option("Attention mass that the first two keep.", "--mass")] = RetrievalConfig.prefill_mass,
+    chunk: Annotated[int, _option("Queries in a call of prefill.", "--chunk")] = 2048,
+    repeat: Annotated[int, _option("Turns; kernels take turns in each.", "--repeat", "-r")] = 3,
+    dtype: Annotated[str, _option(f"{' or '.join(DTYPES)}.", "--dtype")] = "bfloat16",
+    device: Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")] = "auto",
+    threads: Annotated[int | None, _option("CPU threads (default: all cores).", "--threads")] = None,
+    seed: Annotated[int, _option("Seed of the vectors.", "--seed")] = 0,
+    form: Annotated[str, _option(f"Written to stdout: {', '.join(FORMATS)}.", "--output", "-o")] = "md",
+    out: Annotated[Path | None, _option("Also write the full report, as JSON, to this file.", "--out")] = None,
+    plot: Annotated[Path | None, _option("Also draw speed and error against length: .png or .svg.", "--plot")] = None,
+) -> None:
+    """Time of one layer's prefill by each pattern, and by dense attention in the same run.
+
+    Prompts are attended to a chunk of queries at a time, as the runtime does; of a long one, chunks at four places are
+    timed, and the whole is made up from them. Beside it: the window and the merge of decode, and the exact nearest keys
+    of an index build. A cell that fails is a row that says why.
+    """
+    choose(form, FORMATS, "--output")
+    options = make_options(context, patterns, steps, source, shape, mass, chunk, repeat, dtype, device, threads, seed)
+    if plot is not None:
+        report_format.check_plot(plot)
+    if out is not None:
+        report_format.check_writable(out, "--out")
+    report = run(options, shown=sys.stderr.isatty())
+    _write(report, form, out, plot)
+    if not any(row["status"] == "ok" for row in report["results"]):
+        raise typer.Exit(1)
+
+
+def run(options: Options, shown: bool = False) -> dict[str, Any]:
+    """Measure everything; returns {schema_version, env, config, results, notes}, plain data.
+
+    Raises ValueError for a device that is not there; what fails later is a row.
+    """
+    import torch
+
+    from retrieval_attn.bench.kernels.measure import Limits, Plan
+    from retrieval_attn.bench.kernels.rows import compare
+    from retrieval_attn.bench.kernels.timing import peak_flops
+    from retrieval_attn.bench.shared import machine
+
+    device, used_threads = machine.prepare(options.device, options.threads)
+    options = replace(options, device=device)
+    env = machine.describe(used_threads)
+    limits = Limits(peak_flops(options.device, getattr(torch, options.dtype)), machine.copy_bandwidth(options.device))
+    env["matmul_flops_per_s"], env["copy_bandwidth_bytes_per_s"] = limits
+    rows: list[Row] = []
+    with _Status(shown) as status:
+        plan = Plan(options.patterns, options.mass, options.chunk, options.repeat, options.device, limits, status.doing)
+        for row in _rows(options, plan):
+            rows.append(row)
+            status.finished(row)
+    compare(rows)
+    return {
+        "schema_version": report_format.SCHEMA_VERSION,
+        "env": env,
+        "config": options.as_dict(),
+        "results": rows,
+        "notes": notes(options, env),
+    }
+
+
+def _rows(options: Options, plan: "Plan") -> Iterator[Row]:
+    """Every row, as it is measured. The window and the merge do not depend on the length: they come once."""
+    import torch
+
+    from retrieval_attn.bench.kernels.measure import measure_prompt, require_room
+    from retrieval_attn.bench.kernels.rows import Failing, blank_row
+    from retrieval_attn.bench.kernels.steps import measure_steps
+    from retrieval_attn.bench.vectors.prefill import prefill_vectors
+
+    dtype, done = getattr(torch, options.dtype), False
+    H, G, D = options.shape
+    for length in options.lengths:
+        plan.advance(f"{length} tokens, vectors")
+        row = blank_row(length, "vectors")
+        with Failing(row):
+            require_room(length, H, G, D, dtype.itemsize)
+            prompt = prefill_vectors(options.source, S=length, seed=options.seed, H=H, G=G, D=D, dtype=dtype)
+            yield from measure_prompt(plan, prompt)
+            steps = tuple(name for name in options.steps if name == "nearest_keys" or not done)
+            yield from measure_steps(plan, prompt, steps)
+            done = True
+        if row["reason"]:
+            yield row
+
+
+def _write(report: dict[str, Any], form: str, out: Path | None, plot: Path | None) -> None:
+    from retrieval_attn.bench.kernels import format as kernels_format
+
+    sys.stdout.write(kernels_format.render(report, form))
+    if out is not None:
+        out.write_text(kernels_format.render(report, "json"))
+    if plot is not None:
+        kernels_format.plot(report, plot)
+
+
+def notes(options: Options, env: dict[str, Any]) -> list[str]:
+    """The foot of the table: what was measured, on what."""
+    from retrieval_attn.bench.kernels.steps import CALLS, N_NEAREST, N_SAMPLED
+    from retrieval_attn.bench.latency.command import machine_note
+
+    peak, copied = env["matmul_flops_per_s"], env["copy_bandwidth_bytes_per_s"]
+    return [
+        machine_note(env),
+        f"peak: {peak / 1e12:.2f} TFLOP/s in a {options.dtype} matrix product; copies at {copied / 1e9:.1f} GB/s "
+        "(reads and writes together)" + (f"; {env['gpu']}, driver {env['gpu_driver']}" if env["gpu"] else ""),
+        f"ms of prefill: a whole prompt of one layer in chunks of {options.chunk} queries; of more than four chunks, "
+        "those at 1/4, 1/2, 3/4 and the end are timed, and the others lie on straight lines between and beyond; median "
+        f"of {options.repeat} turns, the kernels in turn on the same chunk; choosing what to read is in the time",
+        "sdpa: PyTorch's, with causal_lower_right where a chunk has a past, key heads repeated before; dense: the same "
+        "library kernels without a mask, square and past merged; one call: the whole prompt, is_causal, no chunks",
+        f"auto and mass_vertical_slash keep a mass of {options.mass}, as a root mean square; the others have the sizes "
+        "of MInference's paper (arXiv 2407.02490)",
+        "density: share of the causal pairs that are read; of auto as its choices say, else counted; mass: share of "
+        "the softmax that was read, and rel. error against float32, both over 32 queries a chunk and all heads",
+        "TFLOP/s: of what the kernel reads; GB/s: of what a call must move at least",
+        f"near: one query, the window of decode, {CALLS} calls in a row, x sdpa with the head group folded; "
+        f"nearest_keys: {N_SAMPLED} queries a KV head, {N_NEAREST} keys each; caches are warm",
+    ]
+
+
+class _Status:
+    """What is being done, on stderr: a line that changes for a person, a line per finished row for a log."""
+
+    def __init__(self, shown: bool) -> None:
+        from rich.console import Console
+
+        self._shown = shown
+        self._line = Console(stderr=True).status("starting")
+        self.doing: Callable[[str], None] = self._line.update if shown else lambda what: None
+
+    def __enter__(self) -> "_Status":
+        if self._shown:
+            self._line.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._line.stop()
+
+    def finished(self, row: Row) -> None:
+        if not self._shown:
+            said = f"{row['total_ms']:.3f} ms" if row["status"] == "ok" else row["reason"]
+            print(f"{short(row['context'])} {row['method']}: {row['status']}, {said}", file=sys.stderr, flush=True)

@@ -1,0 +1,109 @@
+"""`retrieval-attn bench needle`: is a number found, whatever the length of the text and wherever it stands?"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrieval_attn.bench.latency.options import at_least
+from retrieval_attn.bench.quality import options as q
+from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings
+from retrieval_attn.bench.quality.runner import Output, Report, exit_status, read_haystack, run
+
+if TYPE_CHECKING:
+    from retrieval_attn.bench.quality.examples import Prompts
+    from retrieval_attn.bench.quality.run import Planned
+    from retrieval_attn.llm import LLM
+
+
+def command(
+    context: q.Context = "8k,16k,32k",
+    method: q.MethodsOption = DEFAULT_METHODS,
+    depths: Annotated[int, q._option("Places of the needle, from the start to the end.", "--depths")] = 10,
+    samples: q.Samples = 1,
+    plain: Annotated[
+        bool, q._option("Ask without MInference's instructions, for models that know none.", "--plain")
+    ] = False,
+    together: Annotated[
+        bool, q._option("Hide the needles of all depths in one text, which is then read once.", "--together")
+    ] = False,
+    limit: q.Limit = None,
+    text: q.Text = None,
+    model: q.ModelOption = None,
+    top_k: q.TopK = 100,
+    followup: q.Followup = "retrieve",
+    seed: q.SeedOption = 0,
+    threads: q.Threads = None,
+    device: q.Device = "auto",
+    dtype: q.Dtype = "auto",
+    form: q.Form = "md",
+    out: q.Out = None,
+    plot: q.Plot = None,
+    resume: q.Resume = False,
+    scores_only: q.ScoresOnly = False,
+) -> None:
+    """A magic number hidden in a long text: exact match by length and depth, with a heat-map picture (--plot).
+
+    The text is read once, exactly, and then goes on by each method, which answers as often as there are samples.
+    """
+    settings = make_settings(
+        "needle", model=model, context=context, method=method, samples=samples, limit=limit, text=text, top_k=top_k,
+        followup=followup, seed=seed, threads=threads, device=device, dtype=dtype,
+        depths=at_least(depths, 1, "--depths"), plain=plain, together=together,
+    )  # fmt: skip
+    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    report = measure(settings, output)
+    from retrieval_attn.bench.quality.plot import plot_grid
+
+    output.write(report, plot_grid)
+    raise typer.Exit(exit_status(report["results"]))
+
+
+def measure(settings: Settings, output: Output) -> Report:
+    """The report of a grid."""
+    text = read_haystack(settings.text)
+
+    def plan(llm: "LLM") -> list["Planned"]:
+        from retrieval_attn.bench.quality.examples import Prompts
+
+        return list(_plan(settings, text, llm, Prompts(llm)))
+
+    report = run(settings, output, plan)
+    report["notes"] += NOTES
+    return report
+
+
+NOTES = [
+    "needle and question as in MInference's test; right if the number is in the answer",
+    "the text was read exactly, once for all methods; with followup=retrieve the question goes through the method, too",
+]
+
+
+def depths_of(n: int) -> list[float]:
+    """n places from 0 to 1, evenly.
+
+    >>> depths_of(3), depths_of(1)
+    ([0.0, 0.5, 1.0], [0.5])
+    """
+    return [i / (n - 1) for i in range(n)] if n > 1 else [0.5]
+
+
+def _plan(settings: Settings, text: str | None, llm: "LLM", prompts: "Prompts") -> Iterator["Planned"]:
+    from retrieval_attn.bench.needle.tasks import needle_id, needle_maker
+    from retrieval_attn.bench.quality.examples import fit
+    from retrieval_attn.bench.quality.plan import require_room
+    from retrieval_attn.bench.quality.run import MULTI_REQUEST, Planned
+
+    require_room(settings, llm.max_tokens)
+    places, plain = depths_of(settings.options["depths"]), settings.options["plain"]
+    texts = [places] if settings.options["together"] else [[depth] for depth in places]
+    wanted = [
+        (context, sample, depths)
+        for context in settings.contexts for sample in range(settings.samples) for depths in texts
+    ][: settings.limit]  # fmt: skip
+    for context, sample, depths in wanted:
+        maker = needle_maker(context, depths, sample, settings.seed, text, plain)
+        make = partial(fit, maker, context, prompts, llm.max_tokens)
+        depth = depths[0] if len(depths) == 1 else None
+        yield Planned("needle", context, needle_id(context, depths, sample), MULTI_REQUEST, make, depth)

@@ -1,0 +1,170 @@
+"""What the commands of the quality benchmarks have in common: load, run with a bar, keep, report."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from retrieval_attn.bench.latency.options import choose
+from retrieval_attn.bench.quality.options import Settings
+from retrieval_attn.bench.shared import report as report_format
+from retrieval_attn.bench.shared.report import FORMATS, Row
+
+Report = dict[str, Any]
+
+# A report as text: the report, its form, and whether scores are all that is wanted.
+Render = Callable[[Report, str, bool], str]
+
+
+class Output:
+    """Where a report goes. Made, and so checked, before anything is measured."""
+
+    def __init__(
+        self, form: str, out: Path | None, plot: Path | None, resume: bool, scores_only: bool, config: dict[str, Any]
+    ) -> None:
+        """Raises ValueError or ImportError in one line for what could not be written later."""
+        from retrieval_attn.bench.quality.run import Kept
+
+        self.form, self.out, self.plot_to, self.scores_only = choose(form, FORMATS, "--output"), out, plot, scores_only
+        if resume and out is None:
+            raise ValueError("--resume goes on with what lies beside --out; say which file that was")
+        if plot is not None:
+            report_format.check_plot(plot)
+        if out is not None:
+            report_format.check_writable(out, "--out")
+        self.kept = None if out is None else Kept(out, config, resume)
+
+    def write(self, report: Report, plot: Callable[[Report, Path], None], render: Render | None = None) -> None:
+        """Print the report, write it, draw it. What was kept is let go only then.
+
+        render: as `quality_format.render`, which is for answers, and taken by default.
+        """
+        from retrieval_attn.bench.quality import format as quality_format
+        from retrieval_attn.bench.quality.run import write_whole
+
+        render = render or quality_format.render
+        if self.out is not None:
+            write_whole(self.out, render(report, "json", False))
+        sys.stdout.write(render(report, self.form, self.scores_only))
+        if self.plot_to is not None:
+            plot(report, self.plot_to)
+        if self.kept is not None:
+            self.kept.close()
+
+
+def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]], share: bool = True) -> Report:
+    """Load the model, plan, run; returns {schema_version, bench, env, config, results, notes}, plain data.
+
+    plan: what to run, given the loaded LLM. Raises ValueError for an unknown method before the model is loaded.
+    """
+    from retrieval_attn.bench.methods.named import Bench
+    from retrieval_attn.bench.quality.run import Runner, collect
+    from retrieval_attn.bench.shared import machine
+
+    methods = parse_methods(settings)
+    device, threads = machine.prepare(settings.device, settings.threads)
+    # Now, and not at the end: the commit is that of the code that runs.
+    settings, env = replace(settings, device=device), machine.describe(threads)
+    with bar(settings.bench) as advance:
+        advance("loading the model", 0)
+        bench = Bench(load_llm(settings), lambda weights: load_llm(settings, weights))
+        planned = plan(bench.llm)
+        runner = Runner(bench, methods, device, share, lambda step: advance(*step))
+        kept = output.kept
+        rows = collect(runner.rows(planned, kept.rows if kept else ()), kept, say)
+    order = {one.example: i for i, one in enumerate(planned)}
+    places = {label: i for i, label in enumerate(settings.methods)}
+    rows.sort(key=lambda row: (order[row["example"]], row["mode"], places[row["method"]], row["turn"] or 0))
+    return as_report(settings, env, rows)
+
+
+def parse_methods(settings: Settings) -> list[Any]:
+    """The methods of a run; ValueError for an unknown one."""
+    from retrieval_attn.bench.methods.named import parse_method
+    from retrieval_attn.config import RetrievalConfig
+
+    config = RetrievalConfig(
+        top_k=settings.top_k, followup=settings.followup, seed=settings.seed, threads=settings.threads
+    )
+    return [parse_method(label, config) for label in settings.methods]
+
+
+def as_report(settings: Settings, env: dict[str, Any], rows: list[Row]) -> Report:
+    """Plain data, see `run`."""
+    return {
+        "schema_version": report_format.SCHEMA_VERSION,
+        "bench": settings.bench,
+        "env": env,
+        "config": settings.as_dict(),
+        "results": rows,
+        "notes": [],
+    }
+
+
+def load_llm(settings: Settings, weights: str = "auto") -> Any:
+    """The model of a run, with transformers' own noise off."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from retrieval_attn.config import RetrievalConfig
+    from retrieval_attn.llm import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    config = RetrievalConfig(seed=settings.seed, threads=settings.threads)
+    return load(settings.model, config, device=settings.device, dtype=settings.dtype, weights=weights)
+
+
+def read_haystack(path: str | None) -> str | None:
+    """The text of --text. Raises ValueError or OSError in one line, see `chat.read_text`."""
+    if path is None:
+        return None
+    from retrieval_attn.terminal.files import read_text
+
+    text = read_text(path)
+    if not text.split():
+        raise ValueError(f"{path} holds no words; --text needs a text to hide things in")
+    return text
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr, with the time left; off a terminal a line whenever something else is done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    if not sys.stderr.isatty():
+        said: list[str] = []
+
+        def line(doing: str, share: float) -> None:
+            if said[-1:] != [doing]:
+                said.append(doing)
+                say(f"{share:4.0%} {doing}")
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=1.0)
+        yield lambda doing, share: progress.update(task, completed=share, description=doing)
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def exit_status(rows: Sequence[Row]) -> int:
+    """0 if anything was answered, else 1."""
+    return 0 if any(row["status"] == "ok" for row in rows) else 1

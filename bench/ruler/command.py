@@ -1,0 +1,101 @@
+"""`retrieval-attn bench ruler`: RULER's synthetic tasks, scored as published."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retrieval_attn.bench.quality import options as q
+from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings, parse_tasks
+from retrieval_attn.bench.quality.runner import Output, Report, exit_status, read_haystack, run
+
+
+def command(
+    task: Annotated[
+        str, q._option("Tasks, or retrieval (the eight of niah), or all that need no file.", "--task", "-t")
+    ] = "retrieval",
+    context: q.Context = "8k,32k",
+    method: q.MethodsOption = DEFAULT_METHODS,
+    samples: q.Samples = 5,
+    qa: Annotated[Path | None, q._option("SQuAD's or HotpotQA's .json, for the task qa.", "--qa")] = None,
+    limit: q.Limit = None,
+    text: q.Text = None,
+    model: q.ModelOption = None,
+    top_k: q.TopK = 100,
+    followup: q.Followup = "retrieve",
+    seed: q.SeedOption = 0,
+    threads: q.Threads = None,
+    device: q.Device = "auto",
+    dtype: q.Dtype = "auto",
+    form: q.Form = "md",
+    out: q.Out = None,
+    plot: q.Plot = None,
+    resume: q.Resume = False,
+    scores_only: q.ScoresOnly = False,
+) -> None:
+    """RULER's tasks by method and length: needles, variable tracking, common and frequent words; questions from a file.
+
+    Constructions, templates, answer prefixes and scores are the published ones; words and essays are ours.
+    """
+    tasks = parse_tasks(task, names(), groups())
+    if ("qa" in tasks) != (qa is not None):
+        raise ValueError("the task qa and --qa FILE go together: --task qa --qa squad.json")
+    settings = make_settings(
+        "ruler", model=model, context=context, method=method, samples=samples, limit=limit, text=text, top_k=top_k,
+        followup=followup, seed=seed, threads=threads, device=device, dtype=dtype, tasks=tasks,
+        qa=None if qa is None else str(qa),
+    )  # fmt: skip
+    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    report = measure(settings, output)
+    from retrieval_attn.bench.quality.plot import plot_tasks
+
+    output.write(report, plot_tasks)
+    raise typer.Exit(exit_status(report["results"]))
+
+
+def names() -> list[str]:
+    """Every task."""
+    from retrieval_attn.bench.ruler.tasks import TASKS
+
+    return [*TASKS, "qa"]
+
+
+def groups() -> dict[str, Any]:
+    """Names for several tasks."""
+    from retrieval_attn.bench.ruler.tasks import RETRIEVAL, TASKS
+
+    return {"retrieval": list(RETRIEVAL), "all": list(TASKS)}
+
+
+def measure(settings: Settings, output: Output) -> Report:
+    """The report of these tasks."""
+    text, maker = read_haystack(settings.text), _qa_maker(settings)
+
+    def maker_of(task: str, n_tokens: int, sample: int) -> Any:
+        from retrieval_attn.bench.ruler.tasks import ruler_maker
+
+        return maker(n_tokens, sample) if task == "qa" else ruler_maker(task, n_tokens, sample, settings.seed, text)
+
+    def plan(llm: Any) -> Any:
+        from retrieval_attn.bench.quality.plan import plan_tasks
+        from retrieval_attn.bench.quality.run import MULTI_REQUEST
+
+        return plan_tasks(settings, settings.options["tasks"], maker_of, [MULTI_REQUEST], llm)
+
+    report = run(settings, output, plan)
+    report["notes"] += [
+        "score: the share of the references that an answer contains (RULER's string_match_all; for qa, any of them)",
+        "the context was read exactly, once for all methods; with followup=retrieve the question goes through the "
+        "method, too",
+    ]
+    return report
+
+
+def _qa_maker(settings: Settings) -> Callable[[int, int], Any]:
+    if settings.options["qa"] is None:
+        return lambda n_tokens, sample: None
+    from retrieval_attn.bench.ruler.questions import qa_maker, read_qa
+
+    data = read_qa(settings.options["qa"])
+    return lambda n_tokens, sample: qa_maker(data, n_tokens, sample, settings.seed)

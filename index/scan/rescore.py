@@ -1,0 +1,61 @@
+"""Exact scores for the candidates of the scan."""
+
+import numba
+import numpy as np
+
+from retrieval_attn.arrays import Array
+from retrieval_attn.compiled import jit
+from retrieval_attn.index.loops.dots import dot, prefetch
+from retrieval_attn.index.scan.dots import TILE
+from retrieval_attn.index.scan.entries import as_entry, keep_best, key_of, write_best
+
+# Keys to ask memory for before the one being scored.
+KEYS_AHEAD = 8
+
+
+@jit(parallel=True)
+def rescore(
+    values: Array, stride_g: int, stride_s: int, bonus: Array, queries: Array, start: int, stop: int, n_wanted: int,
+    entries: Array, counts: Array, ids: Array, scores: Array,
+) -> None:  # fmt: skip
+    """The best keys by exact score, from the entries of the queries start..stop."""
+    n_queries = stop - start
+    for task in numba.prange(len(queries) * n_queries):
+        head, query = task // n_queries, task % n_queries
+        tile, row = query // TILE, query % TILE
+        found = gather(entries[head, tile, :, row], counts[head, tile, :, row], n_wanted)
+        put_scores(values, head * stride_g, stride_s, bonus[head], queries[head, start + query], found)
+        write_best(found, ids[head, start + query], scores[head, start + query])
+
+
+@jit()
+def gather(entries: Array, counts: Array, n_wanted: int) -> Array:
+    """The entries (chunks, n) that all chunks found; if they are more than twice those wanted, the best of them."""
+    together = np.empty(counts.sum(), np.int64)
+    n = 0
+    for chunk in range(len(counts)):
+        together[n : n + counts[chunk]] = entries[chunk, : counts[chunk]]
+        n += counts[chunk]
+    if n > 2 * n_wanted:
+        keep_best(together, n, n_wanted)
+        n = n_wanted
+    return together[:n]
+
+
+@jit()
+def put_scores(values: Array, base: int, stride: int, bonus: Array, query: Array, entries: Array) -> None:
+    """Replace the estimates in the entries by exact scores."""
+    score = np.empty(1, np.float32)
+    bits = score.view(np.int32)
+    per_line = 64 // values.itemsize
+    for i in range(-KEYS_AHEAD, len(entries)):
+        if i + KEYS_AHEAD < len(entries):
+            row = base + key_of(entries[i + KEYS_AHEAD]) * stride
+            for d in range(0, len(query), per_line):
+                prefetch(values, row + d)
+        if i >= 0:
+            key = key_of(entries[i])
+            score[0] = dot(values, base + key * stride, query)
+            if len(bonus):
+                score[0] += bonus[key]
+            entries[i] = as_entry(bits[0], key)

@@ -1,0 +1,257 @@
+"""transformers' cache with our layers in the place of its full-attention ones, and the threads that index them."""
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from retrieval_attn.attention.decode import StepClock
+from retrieval_attn.attention.layer_memory import LayerMemory
+from retrieval_attn.attention.pattern_files import load_patterns
+from retrieval_attn.attention.prefill import PrefillPolicy
+from retrieval_attn.config import PREFILLS, RetrievalConfig
+from retrieval_attn.hf.layer import RetrievalLayer
+from retrieval_attn.hf.served import _model_type, refuse_unserved
+from retrieval_attn.kernels import HeadPattern
+from retrieval_attn.threads import budget as cores
+from retrieval_attn.threads import jobs
+from retrieval_attn.threads.jobs import Job, Worker
+from retrieval_attn.threads.pool import require_safe_threads, set_threads
+
+# Tokens for which address space is reserved at least: so far, nothing is ever copied as a context grows.
+DEFAULT_CAPACITY = 1 << 20
+
+# What a fork with options of its own shares with what it was forked from.
+KEPT_BY_FORKS = ("kv_dtype", "kv_dir", "build_queries", "prefill")
+
+
+class RetrievalCache(DynamicCache):
+    """A transformers cache whose full-attention layers keep their tokens in CPU memory and retrieve.
+
+    Sliding-window and linear layers stay stock. Use it with a model loaded with `attn_implementation="retrieval"`
+    (after `retrieval_attn.register()`), one cache per conversation:
+
+        cache = RetrievalCache(model.config, RetrievalConfig(top_k=100))
+        model.generate(ids, past_key_values=cache)
+
+    Several tokens at once attend exactly, or as `config.prefill` says; a single token retrieves, or is exact, too,
+    inside `exact()`; inside `retrieving()` several retrieve, too. Not for use from two threads at once.
+
+    Raises ValueError for models whose attention cannot be served, by name.
+    """
+
+    def __init__(
+        self,
+        model_config: Any,
+        config: RetrievalConfig | None = None,
+        patterns: Sequence[Sequence[HeadPattern]] | None = None,
+    ) -> None:
+        """patterns: what `prefill_patterns` gave for this model and config; None reads the file, if there is one."""
+        config = config or RetrievalConfig()
+        refuse_unserved(model_config)
+        patterns = prefill_patterns(model_config, config) if patterns is None else patterns
+        super().__init__(config=model_config)
+        # More than a model was made for costs nothing until it is used, and its context may have been stretched.
+        capacity = max(_max_positions(model_config) or 0, DEFAULT_CAPACITY)
+        # Exact type: subclasses are other kinds of layer.
+        ours = [type(layer) is DynamicLayer for layer in self.layers]
+        given = patterns if patterns is not None else [()] * len(ours)
+        self.layers: list[Any] = [
+            RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
+            for layer, mine, own in zip(self.layers, ours, given, strict=True)
+        ]
+        self.config = config
+        if not self.retrieval_layers:
+            raise ValueError(
+                f"{_model_type(model_config)!r} has no full-attention layer, so there is nothing to retrieve"
+            )
+        require_safe_threads()
+        self.spoiled = False
+        self._own_threads()
+
+    def _own_threads(self) -> None:
+        """Let builds and appends run in threads that end with this cache."""
+        self._builder, appender = Worker("retrieval-build"), Worker("retrieval-append")
+        this = weakref.ref(self)
+        for layer in self.retrieval_layers:
+            layer.before_decode = lambda: _start_builds(this)
+            layer.submit = functools.partial(appender.submit, _with_one_thread)
+            for memory in layer.memories:
+                memory.far_index.submit = layer.submit
+
+    def fork(self, config: RetrievalConfig | None = None) -> "RetrievalCache":
+        """An independent cache with the same tokens; what neither changes is held once, copy-on-write.
+
+        config: other options for the fork, so that one prompt, read once, is gone on with in different ways; its
+        indexes are then built anew. How tokens are stored and sampled must stay as it is: `kv_dtype`, `kv_dir`,
+        `build_queries` and the pattern of `prefill`. Waits for index builds that are under way. Both may go on, each
+        in a thread of its own.
+
+        Raises ValueError naming the option that cannot be another.
+        """
+        for name in KEPT_BY_FORKS if config is not None else ():
+            if getattr(config, name) != (now := getattr(self.config, name)):
+                raise ValueError(f"a fork must keep {name}={now!r}, got {getattr(config, name)!r}")
+        twin = copy.copy(self)
+        twin.config = config or self.config
+        twin.layers = [
+            layer.fork(config) if isinstance(layer, RetrievalLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        twin._own_threads()
+        return twin
+
+    @property
+    def retrieval_layers(self) -> list[RetrievalLayer]:
+        """The layers that are ours, in order."""
+        return [layer for layer in self.layers if isinstance(layer, RetrievalLayer)]
+
+    @property
+    def memories(self) -> list[LayerMemory]:
+        """Every memory of every layer, in order of layers."""
+        return [memory for layer in self.retrieval_layers for memory in layer.memories]
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Inside, every forward pass attends exactly, single tokens included: prefill of any chunk size."""
+        return self._in_phase("prefill")
+
+    def retrieving(self) -> AbstractContextManager[None]:
+        """Inside, every forward pass retrieves, several tokens at once included."""
+        return self._in_phase("retrieve")
+
+    @contextmanager
+    def _in_phase(self, phase: str) -> Iterator[None]:
+        for layer in self.retrieval_layers:
+            layer.phase = phase
+        try:
+            yield
+        finally:
+            for layer in self.retrieval_layers:
+                layer.phase = "auto"
+
+    def start_builds(self) -> list[Job]:
+        """Build the indexes that are missing or outgrown in a background thread, first layer first.
+
+        Returns the builds now under way. A step that needs an index waits for it.
+        """
+        submit = functools.partial(self._builder.submit, _beside_requests, self.config.threads)
+        for memory in self.memories:
+            if memory.wants_build() or memory.outgrown():
+                memory.far_index.build_later(submit, memory.far(), memory.recipe())
+        return [memory.far_index.building for memory in self.memories if memory.far_index.building is not None]
+
+    def working(self) -> AbstractContextManager[None]:
+        """Inside, the calling thread uses `config.threads`, or half of them while indexes are built beside it."""
+        return cores.request(self.config.threads)
+
+    def cancel_builds(self) -> None:
+        """Stop builds under way and those not begun; a later step starts them anew."""
+        self._builder.cancel()
+        for memory in self.memories:
+            memory.far_index.forget_build()
+
+    def crop(self, tokens: int) -> None:
+        """Drop the last `-tokens` tokens of every layer, or of none if a layer cannot.
+
+        A positive number is the length to keep, as transformers before 5.20 passes it. Raises ValueError when a
+        sliding-window layer has already let go of what it would need again, and for more tokens than there are.
+        """
+        n_held = self.get_seq_length()
+        if -tokens > n_held:
+            raise ValueError(f"cannot drop {-tokens} tokens, the cache holds {n_held}")
+        self._crop_to(min(tokens, n_held) if tokens > 0 else n_held + tokens)
+
+    def settle(self) -> None:
+        """After a forward pass, interrupted or not: bring all layers to the tokens that every layer holds.
+
+        Never raises. If a sliding-window layer has let go of what it would need, the cache is `spoiled`, and refuses
+        further use.
+        """
+        try:
+            self._crop_to(min(self._lengths()))
+        except ValueError:
+            self.spoiled = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See transformers; raises ValueError if an interrupted pass has left the layers uneven for good."""
+        if self.spoiled:
+            raise ValueError("an interrupted forward pass left this cache uneven; start a new cache and prefill")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _lengths(self) -> list[int]:
+        """Tokens of every layer that counts them; recurrent layers do not."""
+        return [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
+
+    def _crop_to(self, keep: int) -> None:
+        nothing_goes = keep >= max(self._lengths())
+        for i, layer in enumerate(self.layers):
+            if not _can_crop(layer, keep, nothing_goes):
+                raise ValueError(
+                    f"layer {i} ({type(layer).__name__}) cannot go back to {keep} tokens; start a new cache and prefill"
+                )
+        for layer in self.layers:
+            if isinstance(layer, RetrievalLayer):
+                layer.keep(keep)
+                continue
+            if not hasattr(layer, "get_seq_length"):
+                continue
+            # Recording layers drop what they recorded on every crop, so they are told even when nothing goes; others
+            # are not, because before 5.14 a stock layer takes crop(0) for "drop everything".
+            extra = layer.get_seq_length() - keep
+            if extra > 0 or getattr(layer, "record_past", False):
+                layer.crop(-max(0, extra))
+
+    def reset_clocks(self) -> None:
+        """Start the measurement of steps and of prefill anew."""
+        for layer in self.retrieval_layers:
+            layer.clock = StepClock()
+            layer.policy.reset()
+
+
+def _with_one_thread(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    set_threads(1)
+    return work(*args, **options)
+
+
+def _beside_requests(threads: int | None, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Build an index with the threads that requests leave, until it is cancelled."""
+    with cores.build(threads) as adjust:
+        # Asked between blocks of work, in the building thread.
+        return work(*args, cancelled=lambda: adjust() or jobs.is_cancelled(), **options)
+
+
+def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:
+    alive = cache()
+    if alive is not None:
+        alive.start_builds()
+
+
+def _can_crop(layer: Any, keep: int, nothing_goes: bool) -> bool:
+    """Whether a layer can go back to `keep` tokens; stock sliding layers forget what left their window, and recurrent
+    layers, which count no tokens, cannot go back at all."""
+    if isinstance(layer, RetrievalLayer):
+        return True
+    if not hasattr(layer, "get_seq_length"):
+        return nothing_goes
+    if not layer.is_initialized or layer.get_seq_length() <= keep:
+        return True
+    if getattr(layer, "is_sliding", False):
+        return layer.get_seq_length() < layer.sliding_window or getattr(layer, "record_past", False)
+    return bool(getattr(layer, "is_croppable", isinstance(layer, DynamicLayer)))
+
+
+def prefill_patterns(model_config: Any, config: RetrievalConfig) -> Sequence[Sequence[HeadPattern]] | None:
+    """The patterns of each layer of the model, if the config names a file of them; errors as of `load_patterns`."""
+    if config.prefill in PREFILLS:
+        return None
+    text = model_config.get_text_config(decoder=True)
+    return load_patterns(config.prefill, text.num_hidden_layers, text.num_attention_heads)
+
+
+def _max_positions(model_config: Any) -> int | None:
+    return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,0 +1,476 @@
+"""The page of results and the README's tables: every number is there, nothing of a report can break them."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from retrieval_attn.bench.report import command as report
+from retrieval_attn.bench.report import svg as report_svg
+from retrieval_attn.bench.report.read import KINDS, Report, read_folder, read_report
+from retrieval_attn.bench.report.readme import LATENCY_FILE, RECALL_FILE
+from retrieval_attn.bench.report.scores import ends, score, score_lines
+from retrieval_attn.bench.report.tables import LONGEST_TEXT, as_html, tables
+
+EVIL = "<script>alert(1)</script> & \"a\" $x_1$ | <!-- end -->"  # fmt: skip
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ENV = {
+    "date": "2026-11-21T00:05:49+00:00", "git": {"commit": COMMIT, "dirty": True}, "cpu": "Some CPU", "cores": 2,
+    "threads": 2, "packages": {"torch": "2.13.0", "triton": None}, "gpu": None, "gpu_driver": None,
+}  # fmt: skip
+README = """# Title\r
+<!-- bench report: latency -->
+what stood here
+<!-- end -->
+ between\t
+<!-- bench report: recall -->
+<!-- end --> <!-- bench report: quality --><!-- end -->
+the end"""
+
+
+def latency_rows():
+    times = {"full": (22.918, 375.606), "folded": (2.928, 45.363), "exact": (2.389, 11.388), "graph": (3.386, 7.69)}
+    return [
+        {"context": context, "method": method, "status": "ok", "reason": None, "total_ms": ms, "total_p20_ms": 0.9 * ms,
+         "total_p80_ms": 1.1 * ms, "rel_error": 0.0123, "visited_pct": 1.25, "index_bytes": 3 << 20}
+        for method, both in times.items() for context, ms in zip((8192, 131072), both, strict=True)
+    ] + [{"context": 131072, "method": "scan", "status": "oom", "reason": EVIL}]  # fmt: skip
+
+
+def recall_rows():
+    def row(method, effort, recall, us):
+        return {"source": "shaped", "context": 131072, "seed": 31, "method": method, "effort": effort, "status": "ok",
+                "reason": None, "recall": recall, "search_us": us, "visited_pct": 12.0, "bytes_read": 2.0**25,
+                "build_s": 57.3, "index_bytes": 0 if method == "exact" else 100, "index_pct": 24.69}  # fmt: skip
+
+    slow = [row("hnsw", effort, recall, 9e4) for effort, recall in ((100, 0.4), (200, 0.62))]
+    exact = row("exact", None, 1.0, 11477.0)
+    return [*slow, row("ivf", 1, 0.5, 500.0), exact, row("graph", 200, 1.0, 8000.0), row("graph", 100, 0.9, 2000.0)]
+
+
+def answer(task="needle", method="graph", **changes):
+    return {
+        "task": task, "context": 32768, "example": "32768-0", "method": method, "mode": "multi-request", "turn": 1,
+        "depth": 0.25, "prompt_tokens": 32741, "answer": "7654321", "refs": ["7654321"], "score": 1.0, "status": "ok",
+        "reason": "", "ttft_ms": 19397.9, "read_ms": 16384.0, "build_ms": None, "tpot_ms": 6.54, "visited_pct": 3.21,
+        "kv_bytes": 50 << 20, "device_kv_bytes": None, "index_bytes": None, "rss_bytes": None,
+        "peak_device_bytes": None, **changes,
+    }  # fmt: skip
+
+
+def failed(**changes):
+    return answer(**{"status": "failed", "reason": EVIL, "answer": None, "score": None, "ttft_ms": None,
+                     "tpot_ms": None, **changes})  # fmt: skip
+
+
+def needle_rows():
+    good = [answer(context=n, depth=d, score=s) for n, d, s in ((32768, 0, 1.0), (32768, 1, 0.0), (65536, 0.5, 1.0))]
+    return [*good, answer(answer=EVIL), failed(), *(answer(method=EVIL, score=1 / 3) for _ in range(2))]
+
+
+def scbench_rows():
+    return [
+        answer(task, mode=mode, turn=turn, score=turn / 10)
+        for task in ("kv", "vt") for mode in ("multi-request", "multi-turn") for turn in (3, 1, 2)
+    ]  # fmt: skip
+
+
+def memory_rows():
+    peaks = {name: {"host": (100 + i) << 20, "device": 0} for i, name in
+             enumerate(("load", "prefill", "build", "decode", "save", "restore"))}  # fmt: skip
+    good = {"context": "8k", "index": "scan", "status": "ok", "reason": "", "tokens": 8190, "planned": peaks,
+            "measured": peaks, "ttft_s": 4.56, "answers": 3, "answers_right": 3}  # fmt: skip
+    return [good, {"context": "1m", "index": "scan", "status": "failed", "reason": "no room"}]
+
+
+def head_rows():
+    return [
+        {"context": 32768, "method": "scan", "layer": layer, "head": head, "error": 0.01 * (1 + layer + 2 * head),
+         "mass": 0.975, "recall": 0.9, "planted": None, "status": "ok", "reason": ""}
+        for layer in range(2) for head in range(3)
+    ]  # fmt: skip
+
+
+def ppl_rows():
+    good = {"context": 8192, "method": "full", "tokens": 2048, "ppl": 8.8765, "agreement": 1.0, "kl": 0.0,
+            "tpot_ms": 45.5, "visited_pct": None, "status": "ok", "reason": ""}  # fmt: skip
+    return [
+        good,
+        {**good, "context": 16384, "ppl": 8.1234},
+        {**good, "method": "scan", "ppl": None, "status": "failed"},
+    ]
+
+
+def kernel_rows():
+    return [
+        {"part": "prefill", "context": n, "method": "auto", "status": "ok", "reason": None, "total_ms": n / 7,
+         "speedup_vs_sdpa": 1.86, "rel_error": 0.0123}
+        for n in (16384, 32768)
+    ]  # fmt: skip
+
+
+def make_rows():
+    """Rows of every kind."""
+    compare = [answer("vt", "full", tpot_ms=45.5, score=0.8), answer("vt", score=0.7), answer("vt", score=0.7)]
+    long = [{"new_tokens": 2002, "tokens_per_s": 116.55}, {"new_tokens": 4002, "tokens_per_s": 113.17}]
+    return {
+        "latency": latency_rows(), "recall": recall_rows(), "compare": compare, "needle": needle_rows(),
+        "ruler": [answer("cwe", context=n, score=0.123) for n in (32768, 65536)], "scbench": scbench_rows(),
+        "ppl": ppl_rows(), "fidelity": head_rows(), "memory": memory_rows(), "long": long, "kernels": kernel_rows(),
+    }  # fmt: skip
+
+
+NAMES = {"latency": LATENCY_FILE, "recall": RECALL_FILE}
+
+
+def write(path, rows, kind=None, **changes):
+    whole = {"schema_version": 1, "env": ENV, "config": {"index": "scan", "said": EVIL}, "results": rows,
+             "notes": [EVIL]} | ({"bench": kind} if kind else {}) | changes  # fmt: skip
+    path.write_text(json.dumps(whole))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for kind, rows in make_rows().items():
+        write(folder / NAMES.get(kind, f"{kind}-made.json"), rows)
+    return folder
+
+
+def call(*words):
+    app = typer.Typer()
+    app.command()(report.command)
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder, and the page of it written twice."""
+    folder = tmp_path_factory.mktemp("all") / "results"
+    folder.mkdir()
+    for kind, rows in make_rows().items():
+        write(folder / NAMES.get(kind, f"{kind}-made.json"), rows, kind)
+    (folder / "speed-of-light.json").write_text('{"schema_version": 1}')
+    pages = []
+    for name in ("a.html", "b.html"):
+        done = call("--results", folder, "-o", folder.parent / name)
+        assert done.exit_code == 0
+        pages.append((folder.parent / name).read_bytes())
+    return folder, pages, done.stderr
+
+
+class Seen(HTMLParser):
+    """What a browser makes of a page: tags, texts, and what is fetched."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.links, self.ids, self.labels = set(), [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        found = dict(attrs)
+        self.links += [(tag, found[name]) for name in ("src", "href", "xlink:href", "data", "srcset") if name in found]
+        self.ids += [found["id"]] if "id" in found else []
+        self.labels += [found.get("aria-label")] if tag == "svg" else []
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_a_page_is_the_same_on_every_run(made):
+    _, (first, second), _ = made
+    assert first == second
+
+
+def test_every_kind_has_a_section_and_a_picture_that_says_what_it_is(made):
+    seen = Seen(made[1][0].decode())
+    assert set(KINDS) <= set(seen.ids)
+    assert len(seen.labels) == len(KINDS)
+    assert all(seen.labels)
+    # What a picture refers to is in the page, once.
+    assert len(seen.ids) == len(set(seen.ids))
+    assert {to for _, to in seen.links} <= {f"#{name}" for name in seen.ids}
+    clips = re.findall(r"url\((.*?)\)", made[1][0].decode())
+    assert {clip.strip("#") for clip in clips} <= set(seen.ids)
+
+
+def test_every_number_of_a_table_is_on_the_page(made):
+    folder, (page, _), _ = made
+    text = html.unescape(page.decode())
+    for one in read_folder(folder).reports:
+        for table in tables(one):
+            assert as_html(table) in page.decode()
+    for number in (
+        "375.606", "413.167", "1.2e-02",  # latency: a median, its p80, an error
+        "0.620", "90,000", "11.477", "4.000", "never gets there",  # recall: at 0.95, halfway in the logarithm of time
+        "45.50", "80.0", "70.0", "100.0", "33.3", "12.3", "19,397.9", "50.0",  # scores and costs
+        "8.877", "8.123", "0.0350", "0.0600", "0.9750", "4.56", "105.0", "116.5", "4,681.143", "1.86",
+    ):  # fmt: skip
+        assert f">{number}<" in text, number
+
+
+def test_every_report_names_machine_versions_and_commit(made):
+    folder, (page, _), _ = made
+    text = " ".join(Seen(page.decode()).texts)
+    assert text.count(f"commit {COMMIT[:12]}, changed files;") == len(KINDS)
+    assert COMMIT not in text
+    for said in ("Some CPU, 2 cores, 2 threads;", "no GPU;", "torch 2.13.0;", ENV["date"]):
+        assert text.count(said) == len(KINDS)
+    assert all(path.name in text for path in folder.glob("*.json"))
+
+
+def test_text_of_a_report_stays_text(made):
+    page = made[1][0].decode()
+    seen = Seen(page)
+    assert "script" not in seen.tags
+    assert html.escape(EVIL) in page
+    # In every report as a setting and a note; as an answer, a reason, a method, and the title of a panel.
+    assert sum(EVIL in text for text in seen.texts) >= 2 * len(KINDS) + 4
+    assert EVIL not in page
+
+
+def test_nothing_is_fetched(made):
+    page = made[1][0].decode()
+    assert not Seen(page).tags & {"link", "script", "img", "iframe", "object", "embed", "image"}
+    assert "http" not in page
+    assert "@import" not in page
+    assert "url(" not in page.replace("url(#", "")
+
+
+def test_a_file_that_is_no_report_is_named_and_skipped(made):
+    _, (page, _), stderr = made
+    reason = "bench must be one of latency, recall"
+    assert stderr.startswith(f"skipped speed-of-light.json: {reason}")
+    assert len(stderr.splitlines()) == 1
+    assert f"<li><code>speed-of-light.json</code>: {reason}" in page.decode()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "must hold an object"),
+        ("[" * 100_000, "not JSON"),
+        ('{"schema_version": 2}', "schema_version must be 1, got 2"),
+        ('{"schema_version": 1, "bench": ["ppl"]}', "bench must be one of"),
+        ('{"schema_version": 1, "env": {}, "config": {}}', "'results' must be a list"),
+        ('{"schema_version": 1, "env": {"git": "x"}, "config": {}, "results": []}', "env.git must be an object"),
+    ],
+)
+def test_what_cannot_be_a_report(tmp_path, content, reason):
+    (tmp_path / "ppl-x.json").write_text(content)
+    ((name, said),) = read_folder(tmp_path).skipped
+    assert name == "ppl-x.json"
+    assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("needle", 7, "row 1: must be an object"),
+        ("needle", answer(score=None), "row 1: 'score' must be a number, got None"),
+        ("needle", answer(score=float("nan")), "'score' must be a number, got nan"),
+        ("needle", answer(tpot_ms="6"), "'tpot_ms' must be a number or null, got '6'"),
+        ("needle", answer(mode=["a"]), "'mode' must be text"),
+        ("needle", {"method": "scan", "status": "ok"}, "'task' must be text, got None"),
+        ("memory", {"context": "8k", "index": "scan", "status": "ok"}, "'planned' and 'measured' must give"),
+    ],
+)
+def test_a_row_that_cannot_be_shown_is_named(tmp_path, kind, row, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_report(write(tmp_path / "x.json", [row], kind))
+
+
+def test_the_kept_results_are_all_reports():
+    found = read_folder(report.RESULTS)
+    assert not found.skipped
+    assert {LATENCY_FILE, RECALL_FILE} <= {one.name for one in found.reports}
+
+
+def test_empty_and_failed_reports_are_shown(tmp_path):
+    for kind in KINDS:
+        write(tmp_path / f"{kind}-empty.json", [])
+    write(tmp_path / "needle-lost.json", [failed(), failed(status="oom", method="full")])
+    assert call("--results", tmp_path, "-o", tmp_path / "a.html").exit_code == 0
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<p>No rows.</p>") == len(KINDS)
+    assert ">out of memory<" in page
+
+
+def test_scores_count_what_is_missing():
+    rows = [answer(score=1.0), answer(score=0.5), failed(), failed(status="oom"), failed(status="oom")]
+    assert str(score(rows)) == "75.0 (3 of 5 out of memory)"
+    assert str(score(rows[2:3])) == "failed"
+    assert str(score(rows[:2])) == "75.0"
+
+
+def test_of_many_turns_the_first_and_the_last_are_kept():
+    lines = ends(score_lines(scbench_rows(), by_turn=True))
+    assert [(line.task, line.mode, line.turn) for line in lines[:4]] == [
+        ("kv", "multi-request", 1), ("kv", "multi-request", 3), ("kv", "multi-turn", 1), ("kv", "multi-turn", 3)
+    ]  # fmt: skip
+    assert len(lines) == 8
+    (line,) = ends(score_lines([answer(), answer()], by_turn=True))
+    assert line.answers == "2"
+
+
+def test_a_lost_example_is_missing_in_each_of_its_turns():
+    rows = [*(answer(turn=turn) for turn in (1, 2)), failed(turn=None)]
+    lines = score_lines(rows, by_turn=True)
+    assert [(line.turn, str(line.scores["graph"])) for line in lines] == [
+        (turn, "100.0 (1 of 2 failed)") for turn in (1, 2)
+    ]
+    (line,) = score_lines(rows, by_turn=False)
+    assert str(line.scores["graph"]) == "100.0 (2 of 4 failed)"
+    (line,) = score_lines(rows[2:], by_turn=True)
+    assert (line.turn, str(line.scores["graph"])) == (None, "failed")
+
+
+def test_long_answers_are_cut(tmp_path):
+    path = write(tmp_path / "x.json", [answer(answer="x" * 10_000)], "needle")
+    (table,) = [table for table in tables(read_report(path)) if table.folded]
+    assert "x" * LONGEST_TEXT + "…<" in as_html(table)
+
+
+def test_blocks_are_written_and_the_rest_is_left_to_the_byte(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(README.encode())
+    assert call("--results", results, "--readme", readme).exit_code == 0
+    written = readme.read_bytes().decode()
+    assert re.sub(r"(-->)(?:(?!<!--).)*(<!-- end)", r"\1\2", written, flags=re.DOTALL) == README.replace(
+        "\nwhat stood here\n", ""
+    ).replace("-->\n<!-- end -->", "--><!-- end -->")
+    assert call("--results", results, "--readme", readme).exit_code == 0
+    assert readme.read_bytes().decode() == written
+
+
+def test_what_the_blocks_say(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(README.encode())
+    call("--results", results, "--readme", readme)
+    lines = readme.read_text().splitlines()
+    assert "| 8K | 22.9 | 2.9 | 2.4 (1.2 %) | 3.4 (1.2 %) | - |" in lines
+    assert "| 128K | 376 | 45.4 | 11.4 (1.2 %) | 7.7 (1.2 %) | oom |" in lines
+    assert f"From [{LATENCY_FILE}](results/{LATENCY_FILE}) (commit {COMMIT[:12]}, changed files)." in lines
+    # Halfway between two efforts in the logarithm of time; fastest first; what never gets there last.
+    start = next(i for i, line in enumerate(lines) if line.startswith("| `graph` | 4.0 | 12 %, after comparing"))
+    assert lines[start].endswith(" | 57 | 24.7 % |")
+    assert lines[start + 1 : start + 4] == [
+        "| `exact` (recall 1) | 11.5 | 12 % | - | - |",
+        "| faiss HNSW (recall 0.62 at most) | - | - | 57 | 24.7 % |",
+        "| `ivf` (recall 0.5 at most) | - | - | 57 | 24.7 % |",
+    ]
+    kv = [line for line in lines if line.startswith("| [scbench](results/scbench-made.json) | kv | 32K |")]
+    assert [line.split(" | ")[3:5] for line in kv] == [
+        [f"multi-{mode}, turn {turn}", "1"] for mode in ("request", "turn") for turn in (1, 3)
+    ]
+    evil = html.escape(EVIL, quote=False).replace("|", "\\|")
+    (heads,) = [line for line in lines if "mode and turn" in line]
+    assert heads == f"|  | task | context | mode and turn | answers | `graph` | `{evil}` |"
+    needle = "| [needle](results/needle-made.json) | needle | 32K |  | 2-3 | 66.7 (1 of 4 failed) | 33.3 |"
+    assert needle in lines
+    assert lines[-3].startswith("From [needle-made.json](results/needle-made.json) (commit 0123")
+
+
+def test_without_reports_the_quality_block_says_so(tmp_path):
+    (tmp_path / "README.md").write_text("<!-- bench report: quality --><!-- end -->")
+    assert call("--results", tmp_path, "--readme", tmp_path / "README.md").exit_code == 0
+    assert "\nNo report of needle, ruler, scbench yet.\n" in (tmp_path / "README.md").read_text()
+
+
+def test_check_changes_nothing_and_says_by_its_status_what_would_change(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(README.encode())
+    words = ("--results", results, "--readme", readme)
+    done = call(*words, "--check")
+    assert done.exit_code == 1
+    assert "not up to date" in done.stderr
+    assert readme.read_bytes().decode() == README
+    call(*words)
+    assert call(*words, "--check").exit_code == 0
+    rows = [{**row, "total_ms": 2 * row["total_ms"]} if "total_ms" in row else row for row in latency_rows()]
+    write(results / LATENCY_FILE, rows)
+    assert call(*words, "--check").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- bench report: speed -->\n<!-- end -->", r"must be one of latency, recall, quality, got 'speed'"),
+        ("<!-- bench report: latency -->\n", r"block 'latency' of the README must end with <!-- end -->"),
+        ("<!-- bench report: latency -->\n<!-- bench report: recall --><!-- end -->", r"block 'latency' .* must end"),
+        ("no block", r"has no block; write <!-- bench report: NAME --> and .* one of latency, recall, quality"),
+        ("<!-- bench report: latency --><!-- end -->", r"block 'latency' needs latency-llama3.* not there"),
+        (b"\xff<!-- bench report: latency --><!-- end -->", r"--readme must be UTF-8"),
+    ],
+)
+def test_a_readme_that_cannot_be_written_is_left_alone(tmp_path, text, message):
+    readme = tmp_path / "README.md"
+    before = text if isinstance(text, bytes) else text.encode()
+    readme.write_bytes(before)
+    with pytest.raises(ValueError, match=message) as caught:
+        call("--results", tmp_path, "--readme", readme, "-o", tmp_path / "a.html")
+    assert "\n" not in str(caught.value)
+    assert readme.read_bytes() == before
+    assert not (tmp_path / "a.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to write"),
+        (["--check", "-o", "a.html"], "--check compares a README"),
+        (["--results", "/nowhere", "-o", "a.html"], "--results must be a folder that exists"),
+        (["-o", "/nowhere/a.html"], "--out must lie in a folder that exists"),
+        (["-o", "a.txt"], "--out must end in .html"),
+        (["--readme", "/nowhere/README.md"], "--readme must be a file that exists"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_work(words, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call(*words)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_without_matplotlib_the_command_to_install_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'retrieval-attn\[plot\]'"):
+        call("--results", tmp_path, "-o", tmp_path / "a.html")
+    # A README needs no picture.
+    (tmp_path / "README.md").write_text("<!-- bench report: quality --><!-- end -->")
+    assert call("--results", tmp_path, "--readme", tmp_path / "README.md").exit_code == 0
+
+
+def test_methods_look_different_and_the_known_ones_alike_everywhere():
+    looks = report_svg.styles(["full", "graph", "x", "y", *"abcdefgh"])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks)
+    assert report_svg.styles(["z", "graph"])["graph"] == looks["graph"]
+
+
+def test_text_of_a_picture_is_no_formula_and_no_markup():
+    svg = report_svg.draw(lambda figure: figure.suptitle("$x_1$ <b>"), (2, 2), "salt", '"<b>"')
+    assert "$x_1$ &lt;b&gt;" in svg
+    assert 'aria-label="&quot;&lt;b&gt;&quot;"' in svg
+    assert Seen(svg).tags <= {"svg", "g", "text", "path"}
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    report_svg.draw(lambda figure: figure.add_subplot(), (2, 2), "salt", "nothing")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_reports_come_in_the_order_of_the_page(made):
+    reports = read_folder(made[0]).reports
+    assert all(isinstance(one, Report) for one in reports)
+    assert [one.kind for one in reports] == [*KINDS]

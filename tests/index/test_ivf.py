@@ -1,0 +1,71 @@
+"""The faiss baseline."""
+
+import numpy as np
+import pytest
+from index_vectors import as_bfloat16, attention_like, recall
+
+from retrieval_attn.index import build_index, ivf
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return attention_like(n_keys=6000)
+
+
+@pytest.fixture(scope="module")
+def index(scene):
+    return build_index("ivf", as_bfloat16(scene.keys))
+
+
+def test_all_lists_probed_is_exact(scene, index):
+    exact = build_index("exact", as_bfloat16(scene.keys)).search(scene.later, k=50)
+    hit = index.search(scene.later, k=50, effort=10**6)
+    assert recall(hit.ids, exact.ids) > 0.999
+    np.testing.assert_allclose(hit.scores, exact.scores, rtol=1e-5, atol=1e-3)
+    assert (hit.visited == 6000).all()
+
+
+def test_more_lists_mean_more_visited_and_more_found(scene, index):
+    exact = build_index("exact", as_bfloat16(scene.keys)).search(scene.later, k=50)
+    hits = [index.search(scene.later, k=50, effort=effort) for effort in (1, 10, 60)]
+    found = [recall(hit.ids, exact.ids) for hit in hits]
+    visited = [hit.visited.mean() for hit in hits]
+    assert found == sorted(found)
+    assert visited == sorted(visited)
+    assert found[2] > 0.9
+    assert visited[0] < 0.05 * 6000
+
+
+def test_few_probed_keys_leave_short_rows(scene, index):
+    hit = index.search(scene.later, k=500, effort=1)
+    n_found = (hit.ids >= 0).sum(axis=-1)
+    np.testing.assert_array_equal(n_found, hit.visited)
+    assert np.isneginf(hit.scores[hit.ids < 0]).all()
+
+
+def test_appended_keys_are_found_before_and_after_they_are_listed(scene, monkeypatch):
+    monkeypatch.setattr(ivf, "MIN_TAIL", 500)
+    keys = as_bfloat16(scene.keys)
+    index = build_index("ivf", keys[:, :3000])
+    for at in range(3000, 4200, 600):
+        index.append(keys[:, at : at + 600])
+        exact = build_index("exact", keys[:, : at + 600]).search(scene.later, k=20)
+        assert recall(index.search(scene.later, k=20, effort=10**6).ids, exact.ids) > 0.999
+    assert 3000 < index._state[1][0].index.ntotal <= 4200
+    assert index._n_seen == 3000
+    index.append(keys[:, 4200:])
+    assert index._n_seen == 6000
+    exact = build_index("exact", keys).search(scene.later, k=20)
+    assert recall(index.search(scene.later, k=20, effort=10**6).ids, exact.ids) > 0.999
+
+
+def test_the_common_mean_does_not_matter(scene):
+    """Centred before clustering: a shift of all keys changes no list."""
+    index, shifted = build_index("ivf", scene.keys), build_index("ivf", scene.keys + np.float32(8))
+    assert recall(index.search(scene.later, k=20).ids, shifted.search(scene.later, k=20).ids) > 0.97
+
+
+def test_nlist_is_followed(scene):
+    index = build_index("ivf", scene.keys, nlist=7)
+    assert (index.search(scene.later, k=5, effort=7).visited == 6000).all()
+    assert index.nbytes >= scene.keys.nbytes
