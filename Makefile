@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOKENS ?= 65536
+# The package as it is imported, for mypy: three of its folders stand beside it.
+TYPED := build/typed
 
 .PHONY: demo test chat lint clean
 demo: $(READY)
@@ -18,7 +20,9 @@ chat: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf $(TYPED) && mkdir -p $(TYPED)/retrieval_attn
+	ln -s $(foreach f,$(wildcard retrieval_attn/*) index kernels bench,$(CURDIR)/$(f)) $(TYPED)/retrieval_attn
+	MYPYPATH=$(TYPED) $(BIN)/mypy --package retrieval_attn
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (once; downloads PyTorch and the rest)"
