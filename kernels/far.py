@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from retrieval_attn.arrays import Array, as_array, as_stored
-from retrieval_attn.compiled import jit, load
+from retrieval_attn.compiled import as_float, jit
 from retrieval_attn.kernels.merge import AttentionState
 from retrieval_attn.threads.pool import require_safe_threads
 
@@ -243,7 +243,7 @@ def _score4(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
         at = np.uint64(key_at[i])
         s0 = s1 = s2 = s3 = np.float32(0)
         for d in range(q0.size):
-            k = load(keys[at + np.uint64(d)])
+            k = as_float(keys[at + np.uint64(d)])
             s0 += q0[d] * k
             s1 += q1[d] * k
             s2 += q2[d] * k
@@ -257,7 +257,7 @@ def _score1(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
         at = np.uint64(key_at[i])
         total = np.float32(0)
         for d in range(query.size):
-            total += query[d] * load(keys[at + np.uint64(d)])
+            total += query[d] * as_float(keys[at + np.uint64(d)])
         scores[i] = total
 
 
@@ -318,8 +318,8 @@ def _add4(weights, values, value_at, total):  # type: ignore[no-untyped-def]
         if i == j:
             y0 = y1 = y2 = y3 = np.float32(0)
         for d in range(t0.size):
-            x = load(values[x_at + np.uint64(d)])
-            y = load(values[y_at + np.uint64(d)])
+            x = as_float(values[x_at + np.uint64(d)])
+            y = as_float(values[y_at + np.uint64(d)])
             t0[d] += x0 * x + y0 * y
             t1[d] += x1 * x + y1 * y
             t2[d] += x2 * x + y2 * y
@@ -333,4 +333,4 @@ def _add1(weights, values, value_at, total):  # type: ignore[no-untyped-def]
         x_at, y_at = np.uint64(value_at[i]), np.uint64(value_at[j])
         w, u = weights[i], weights[j] if i < j else np.float32(0)
         for d in range(total.size):
-            total[d] += w * load(values[x_at + np.uint64(d)]) + u * load(values[y_at + np.uint64(d)])
+            total[d] += w * as_float(values[x_at + np.uint64(d)]) + u * as_float(values[y_at + np.uint64(d)])

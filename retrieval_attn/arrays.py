@@ -40,5 +40,5 @@ def as_float32(x: Array) -> Array:
 
 
 def as_stored(x: Array) -> Array:
-    """`x` in the form compiled code reads with `load`: float16 as int16 bits (numba has no float16 on CPUs)."""
+    """`x` in the form compiled code reads with `as_float`: float16 as int16 bits (numba has no float16 on CPUs)."""
     return x.view(np.int16) if x.dtype == np.float16 else x

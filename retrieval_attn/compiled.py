@@ -37,14 +37,14 @@ def _float16_to_float32(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.int16), codegen
 
 
-def load(x: Any) -> float:
+def as_float(x: Any) -> float:
     """One stored element as float32, inside compiled code: uint16 is bfloat16 bits, int16 float16 bits, int8 itself."""
-    raise TypeError("load() exists only inside compiled code")
+    raise TypeError("as_float() exists only inside compiled code")
 
 
 # Without annotations: numba compares the two signatures to the letter.
-@overload(load, inline="always")
-def _load(x):  # type: ignore[no-untyped-def]
+@overload(as_float, inline="always")
+def _as_float(x):  # type: ignore[no-untyped-def]
     if x == types.uint16:
         return lambda x: _bfloat16_to_float32(x)  # type: ignore[call-arg]
     if x == types.int16:

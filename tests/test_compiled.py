@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retrieval_attn.arrays import as_array, as_float32, as_stored
-from retrieval_attn.compiled import jit, load
+from retrieval_attn.compiled import as_float, jit
 from retrieval_attn.threads.pool import require_safe_threads
 
 
@@ -26,7 +26,7 @@ def test_tensors_are_seen_not_copied(dtype):
 def _sum(x):
     total = np.float32(0)
     for i in range(len(x)):
-        total += load(x[i])
+        total += as_float(x[i])
     return total
 
 
@@ -36,7 +36,7 @@ def test_compiled_code_reads_every_dtype_in_place(dtype):
     assert _sum(as_stored(as_array(x))) == pytest.approx(float(x.float().sum()))
 
 
-def test_load_keeps_nan_and_infinity():
+def test_as_float_keeps_nan_and_infinity():
     for value in (torch.nan, torch.inf, -torch.inf):
         for dtype in (torch.float16, torch.bfloat16):
             assert np.array_equal(_sum(as_stored(as_array(torch.tensor([value]).to(dtype)))), value, equal_nan=True)
@@ -50,7 +50,7 @@ def test_other_things_are_refused():
 
 
 def test_the_thread_layer_that_aborts_is_refused():
-    code = "from retrieval_attn.host import require_safe_threads; require_safe_threads()"
+    code = "from retrieval_attn.threads.pool import require_safe_threads; require_safe_threads()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "NUMBA_THREADING_LAYER": "workqueue"},

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import jit, load
+from retrieval_attn.compiled import as_float, jit
 from retrieval_attn.index.graph.cells import Cells
 from retrieval_attn.index.loops.dots import prefetch, shift_right
 from retrieval_attn.index.loops.largest import choose
@@ -122,7 +122,7 @@ def dot_key(values: Array, row: int, query: Array, dim: int) -> float:
     key = values[row : row + dim]
     total = np.float32(0)
     for d in range(dim):
-        total += load(key[d]) * query[d]
+        total += as_float(key[d]) * query[d]
     return total
 
 

@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import jit, load
+from retrieval_attn.compiled import as_float, jit
 
 
 @jit()
@@ -22,7 +22,7 @@ def dot(flat: Array, row: int, query: Array) -> float:
     # From zero, not from element 0: a loop over a round number of elements leaves no remainder to do one by one.
     total = np.float32(0)
     for d in range(len(query)):
-        total += load(key[d]) * query[d]
+        total += as_float(key[d]) * query[d]
     return total
 
 
@@ -32,7 +32,7 @@ def squared_distance(flat: Array, row: int, point: Array) -> float:
     key = flat[row : row + len(point)]
     total = np.float32(0)
     for d in range(len(point)):
-        diff = load(key[d]) - point[d]
+        diff = as_float(key[d]) - point[d]
         total += diff * diff
     return total
 
@@ -42,7 +42,7 @@ def read_key(flat: Array, row: int, out: Array) -> None:
     """out = key at `row`."""
     key = flat[row : row + len(out)]
     for d in range(len(out)):
-        out[d] = load(key[d])
+        out[d] = as_float(key[d])
 
 
 @jit()
@@ -57,10 +57,10 @@ def dots_4x1(flat: Array, row: int, stride: int, query: Array, out: Array) -> No
     a0, a1, a2, a3 = zero, zero, zero, zero
     for d in range(dim):
         x = query[d]
-        a0 += load(k0[d]) * x
-        a1 += load(k1[d]) * x
-        a2 += load(k2[d]) * x
-        a3 += load(k3[d]) * x
+        a0 += as_float(k0[d]) * x
+        a1 += as_float(k1[d]) * x
+        a2 += as_float(k2[d]) * x
+        a3 += as_float(k3[d]) * x
     out[0], out[1], out[2], out[3] = a0, a1, a2, a3
 
 
@@ -83,7 +83,7 @@ def dots_4x4(flat: Array, row: int, stride: int, queries: Array, first: int, out
     a30, a31, a32, a33 = zero, zero, zero, zero
     for d in range(dim):
         x0, x1, x2, x3 = q0[d], q1[d], q2[d], q3[d]
-        y0, y1, y2, y3 = load(k0[d]), load(k1[d]), load(k2[d]), load(k3[d])
+        y0, y1, y2, y3 = as_float(k0[d]), as_float(k1[d]), as_float(k2[d]), as_float(k3[d])
         a00 += x0 * y0
         a01 += x0 * y1
         a02 += x0 * y2

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import jit, load
+from retrieval_attn.compiled import as_float, jit
 from retrieval_attn.index.loops.dots import dot, dots_4x1, dots_4x4, prefetch
 from retrieval_attn.index.loops.largest import choose
 from retrieval_attn.index.loops.topk import best_first, offer
@@ -157,8 +157,8 @@ def dots_quad(flat: Array, row: int, stride: int, query: Array, out: Array, at: 
     for d in range(len(query)):
         x = query[d]
         i = first + np.uint64(d)
-        a0 += load(flat[i]) * x
-        a1 += load(flat[i + step]) * x
-        a2 += load(flat[i + step + step]) * x
-        a3 += load(flat[i + step + step + step]) * x
+        a0 += as_float(flat[i]) * x
+        a1 += as_float(flat[i + step]) * x
+        a2 += as_float(flat[i + step + step]) * x
+        a3 += as_float(flat[i + step + step + step]) * x
     out[at], out[at + 1], out[at + 2], out[at + 3] = a0, a1, a2, a3

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from retrieval_attn.arrays import BFLOAT16, Array
-from retrieval_attn.compiled import jit, load
+from retrieval_attn.compiled import as_float, jit
 from retrieval_attn.index.keys import INT8, Keys
 from retrieval_attn.index.loops.dots import read_key, squared_distance
 from retrieval_attn.index.protocol import Steps
@@ -220,7 +220,7 @@ def add_keys(values: Array, row: int, stride: int, n: int, share: float, total: 
     for j in range(n):
         key = values[row + j * stride : row + j * stride + len(total)]
         for d in range(len(total)):
-            total[d] += share * load(key[d])
+            total[d] += share * as_float(key[d])
 
 
 @jit()
@@ -231,6 +231,6 @@ def write_box(values: Array, row: int, stride: int, n: int, high: Array, low: Ar
     for j in range(1, n):
         key = values[row + j * stride : row + j * stride + len(high)]
         for d in range(len(high)):
-            x = load(key[d])
+            x = as_float(key[d])
             high[d] = x if x > high[d] else high[d]
             low[d] = x if x < low[d] else low[d]
