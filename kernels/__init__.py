@@ -5,7 +5,6 @@
 
 from retrieval_attn.kernels.dense import attend_dense
 from retrieval_attn.kernels.far import attend_far
-from retrieval_attn.kernels.knn import NearestKeys, nearest_keys
 from retrieval_attn.kernels.merge import AttentionState, merge
 from retrieval_attn.kernels.near import attend_near
 from retrieval_attn.kernels.sparse.attend import attend_sparse
@@ -15,6 +14,15 @@ from retrieval_attn.kernels.sparse.patterns import HeadPattern
 from retrieval_attn.kernels.tail import TailSummary
 
 __all__ = [
-    "AttentionState", "HeadPattern", "NearestKeys", "SparseIndex", "TailSummary", "attend_adaptive", "attend_dense",
-    "attend_far", "attend_near", "attend_patterns", "attend_sparse", "merge", "nearest_keys",
-]  # fmt: skip
+    "AttentionState",
+    "HeadPattern",
+    "SparseIndex",
+    "TailSummary",
+    "attend_adaptive",
+    "attend_dense",
+    "attend_far",
+    "attend_near",
+    "attend_patterns",
+    "attend_sparse",
+    "merge",
+]

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.kernels.knn import NearestKeys
 from retrieval_attn.kernels.merge import AttentionState, attend
 from retrieval_attn.kernels.sparse.lists import SparseIndex
 
-__all__ = ["attend_dense", "attend_far", "attend_near", "attend_sparse", "listed_keys", "merge", "nearest_keys"]
+__all__ = ["attend_dense", "attend_far", "attend_near", "attend_sparse", "listed_keys", "merge"]
 
 
 def merge(first: AttentionState, *others: AttentionState) -> AttentionState:
@@ -103,16 +102,6 @@ def attend_far(
     else:
         mask = mask & (scores >= limits)
     return attend(scores.masked_fill(~mask, -torch.inf), values)
-
-
-def nearest_keys(queries: Tensor, keys: Tensor, k: int) -> NearestKeys:
-    """The first k of all keys, sorted by inner product; ids of -1 at scores of -inf fill up."""
-    all_keys = _wide(keys).repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
-    scores, ids = (_wide(queries) @ all_keys.mT).sort(dim=-1, descending=True, stable=True)
-    missing = max(0, k - keys.shape[1])
-    scores = torch.nn.functional.pad(scores[..., :k], (0, missing), value=-torch.inf)
-    ids = torch.nn.functional.pad(ids[..., :k], (0, missing), value=-1).masked_fill(scores == -torch.inf, -1)
-    return NearestKeys(ids.int(), scores)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,23 +12,14 @@ from torch import Tensor
 
 from retrieval_attn.bench.kernels.rows import Failing
 from retrieval_attn.bench.shared.report import Row
-from retrieval_attn.kernels import (
-    AttentionState,
-    SparseIndex,
-    attend_near,
-    attend_sparse,
-    merge,
-    nearest_keys,
-    reference,
-)
+from retrieval_attn.kernels import AttentionState, SparseIndex, attend_near, attend_sparse, merge, reference
 from retrieval_attn.kernels.sparse.coverage import Coverage, Layout, list_coverage
 from retrieval_attn.kernels.sparse.lists import DTYPES, HEAD_DIMS
 
 # Query heads, KV heads; keys, of which the last so many are the queries of prefill.
 H, G, S, T = 8, 2, 700, 300
 
-WINDOW, NEIGHBOURS = 640, 100
-
+WINDOW = 640
 
 # What another order of summation may change, relative to what is summed: a few units in the last place of a float32.
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
@@ -64,7 +55,6 @@ def cases(device: str, seed: int, head_dims: tuple[int, ...] = HEAD_DIMS) -> lis
                 Case(f"near {what}", functools.partial(check_near, make, masked=False)),
                 Case(f"near, masked {what}", functools.partial(check_near, make, masked=True)),
                 Case(f"merge {what}", functools.partial(check_merge, make)),
-                Case(f"nearest_keys {what}", functools.partial(check_nearest, make)),
             ]
     return found
 
@@ -131,23 +121,6 @@ def check_merge(make: Callable[[int, int], Inputs]) -> tuple[float, float]:
     share = torch.sigmoid(b.lse - a.lse).to(dtype)[..., None]
     plain = (1 - share) * a.out + share * b.out, torch.logaddexp(a.lse.to(dtype), b.lse.to(dtype))
     return _compare(merge(*states), true, plain)
-
-
-def check_nearest(make: Callable[[int, int], Inputs]) -> tuple[float, float]:
-    """Scores, best first: of keys that score alike within rounding, either may be taken."""
-    inputs = make(64, 3000)
-    queries, keys = inputs.query[0], inputs.keys[0]
-    found = nearest_keys(queries, keys, NEIGHBOURS)
-    repeated = keys.repeat_interleave(H // G, dim=0)
-    scores = queries.double() @ repeated.double().mT
-    true = scores.topk(NEIGHBOURS, dim=2).values
-    # Whatever the inputs' dtype, scores are kept in float32.
-    plain = (queries.float() @ repeated.float().mT).topk(NEIGHBOURS, dim=2).values
-    # An id must stand for the score beside it.
-    meant = scores.gather(2, found.ids.long())
-    error = max(_largest(found.scores, true), _largest(found.scores, meant))
-    longest = queries.double().norm(dim=2).max() * keys.double().norm(dim=2).max()
-    return error, 2 * _largest(plain, true) + _ROUNDING * float(longest)
 
 
 def _every_second(layout: Layout, device: torch.device) -> SparseIndex:

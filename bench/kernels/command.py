@@ -1,4 +1,4 @@
-"""`retrieval-attn bench kernels`: sparse prefill beside dense attention, and the kernels of decode and build."""
+"""`retrieval-attn bench kernels`: sparse prefill beside dense attention, and the kernels of decode."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -42,8 +42,8 @@ def command(
     """Time of one layer's prefill by each pattern, and by dense attention in the same run.
 
     Prompts are attended to a chunk of queries at a time, as the runtime does; of a long one, chunks at four places are
-    timed, and the whole is made up from them. Beside it: the window and the merge of decode, and the exact nearest keys
-    of an index build. A cell that fails is a row that says why.
+    timed, and the whole is made up from them. Beside it: the window and the merge of decode. A cell that fails is a row
+    that says why.
     """
     choose(form, FORMATS, "--output")
     options = make_options(context, patterns, steps, source, shape, mass, chunk, repeat, dtype, device, threads, seed)
@@ -108,8 +108,7 @@ def _rows(options: Options, plan: "Plan") -> Iterator[Row]:
             require_room(length, H, G, D, dtype.itemsize)
             prompt = prefill_vectors(options.source, S=length, seed=options.seed, H=H, G=G, D=D, dtype=dtype)
             yield from measure_prompt(plan, prompt)
-            steps = tuple(name for name in options.steps if name == "nearest_keys" or not done)
-            yield from measure_steps(plan, prompt, steps)
+            yield from measure_steps(plan, prompt, () if done else options.steps)
             done = True
         if row["reason"]:
             yield row
@@ -127,7 +126,7 @@ def _write(report: dict[str, Any], form: str, out: Path | None, plot: Path | Non
 
 def notes(options: Options, env: dict[str, Any]) -> list[str]:
     """The foot of the table: what was measured, on what."""
-    from retrieval_attn.bench.kernels.steps import CALLS, N_NEAREST, N_SAMPLED
+    from retrieval_attn.bench.kernels.steps import CALLS
     from retrieval_attn.bench.latency.command import machine_note
 
     peak, copied = env["matmul_flops_per_s"], env["copy_bandwidth_bytes_per_s"]
@@ -146,7 +145,7 @@ def notes(options: Options, env: dict[str, Any]) -> list[str]:
         "the softmax that was read, and rel. error against float32, both over 32 queries a chunk and all heads",
         "TFLOP/s: of what the kernel reads; GB/s: of what a call must move at least",
         f"near: one query, the window of decode, {CALLS} calls in a row, x sdpa with the head group folded; "
-        f"nearest_keys: {N_SAMPLED} queries a KV head, {N_NEAREST} keys each; caches are warm",
+        "caches are warm",
     ]
 
 

@@ -16,12 +16,12 @@ from retrieval_attn.bench.latency.options import (
 
 # Those of the paper's sizes come last.
 PATTERNS = ("auto", "mass_vertical_slash", "a_shape", "vertical_slash", "block_sparse")
-STEPS = ("near", "merge", "nearest_keys")
+STEPS = ("near", "merge")
 
 
 @dataclass(frozen=True)
 class Options:
-    """One sweep: prefill by every pattern and by dense attention at every length, and the kernels of decode and build.
+    """One sweep: prefill by every pattern and by dense attention at every length, and the kernels of decode.
 
     mass: of "auto" and "mass_vertical_slash". chunk: queries in a call of prefill. repeat: turns of each kernel.
     """

@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 
 
 def blank_row(context: int, method: str, part: str = "prefill") -> Row:
-    """A row with every field, unmeasured. part: "prefill", "decode" or "build"."""
+    """A row with every field, unmeasured. part: "prefill" or "decode"."""
     known = {"context": context, "method": method, "part": part, "status": "failed", "samples": {}}
     return {**dict.fromkeys(ROW_FIELDS), **known}
 

@@ -1,4 +1,4 @@
-"""The small kernels of decode and of the index build: the window, the merge, and the exact nearest keys."""
+"""The small kernels of decode: the window and the merge."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -14,13 +14,10 @@ from retrieval_attn.bench.latency.layer import relative
 from retrieval_attn.bench.methods import rivals
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.bench.vectors.prefill import Prompt
-from retrieval_attn.kernels import AttentionState, attend_near, merge, nearest_keys, reference
+from retrieval_attn.kernels import AttentionState, attend_near, merge, reference
 
 # The window of decode: the defaults of the runtime, 128 first and 512 last tokens.
 WINDOW = 640
-
-# Sampled queries per KV head of an index build, and neighbours of each.
-N_SAMPLED, N_NEAREST = 1024, 100
 
 # Calls in a row that are timed as one, of what takes microseconds.
 CALLS = 100
@@ -40,12 +37,11 @@ class Step(NamedTuple):
 
 def measure_steps(plan: Plan, prompt: Prompt, names: tuple[str, ...]) -> Iterator[Row]:
     """A row per kernel, on the last keys of the prompt; one that cannot be measured gives a row that says why."""
-    makers = {"near": _near, "merge": _merge, "nearest_keys": _nearest}
+    makers = {"near": _near, "merge": _merge}
     for name in names:
         S = prompt.keys.shape[2]
-        used = S if name == "nearest_keys" else min(S, WINDOW)
         plan.advance(f"{S} tokens, {name}")
-        row = blank_row(used, name, "build" if name == "nearest_keys" else "decode")
+        row = blank_row(min(S, WINDOW), name, "decode")
         with torch.no_grad(), Failing(row):
             _measure(row, plan, makers[name](Prompt(*(x.to(plan.device) for x in prompt))), prompt.query.dtype)
         yield row
@@ -101,31 +97,6 @@ def _merge(prompt: Prompt) -> Step:
         flops=3.0 * query.numel(),
         n_bytes=3.0 * (states[0].out.nbytes + states[0].lse.nbytes),
         calls=CALLS,
-    )
-
-
-def _nearest(prompt: Prompt) -> Step:
-    """As an index build asks: sampled queries of every head, spread over the prompt."""
-    S = prompt.keys.shape[2]
-    H, G = prompt.query.shape[1], prompt.keys.shape[1]
-    n_queries = max(1, min(S, N_SAMPLED * G // H))
-    rows = torch.linspace(0, S - 1, n_queries, device=prompt.query.device).long()
-    queries, keys = prompt.query[0, :, rows].contiguous(), prompt.keys[0]
-    k = min(N_NEAREST, S)
-
-    def error() -> float:
-        """Of the scores, of a few queries: near ties may come in another order, but not with other scores."""
-        few = queries[:, :: max(1, n_queries // 8)].contiguous()
-        best = (few.float().view(G, -1, few.shape[2]) @ keys.float().mT).topk(k, dim=2).values
-        return _difference(nearest_keys(few, keys, k).scores.view(best.shape), best)
-
-    return Step(
-        run=lambda: nearest_keys(queries, keys, k),
-        error=error,
-        rival=None,
-        flops=2.0 * queries.numel() * S,
-        n_bytes=keys.nbytes + queries.nbytes + 8.0 * queries.shape[0] * n_queries * k,
-        calls=1,
     )
 
 

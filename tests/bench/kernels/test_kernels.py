@@ -63,7 +63,7 @@ def peaky(H=4, G=2, T=200, S=300, D=64):
     [
         ({"lengths": "8x"}, "--context must list token counts such as 8k"),
         ({"patterns": "auto,tri"}, "--patterns must be of auto, mass_vertical_slash, .*, block_sparse .*got 'tri'"),
-        ({"steps": "far"}, "--steps must be of near, merge, nearest_keys"),
+        ({"steps": "far"}, "--steps must be of near, merge"),
         ({"source": "real"}, "--source must be one of real:<layer>, shaped, shaped_mixed, got 'real'"),
         ({"shape": "4,3,64"}, "--shape H,G,D needs H a multiple of G"),
         ({"shape": "embedded"}, "take --source real:LAYER"),
@@ -89,8 +89,8 @@ def test_importing_the_command_is_quick():
 
 def test_a_row_per_length_and_kernel(report):
     prefill = ["sdpa", "dense", *PATTERNS, SQUARE]
-    wanted = [(1024, name) for name in prefill] + [(640, "near"), (640, "merge"), (1024, "nearest_keys")]
-    wanted += [(2600, name) for name in prefill] + [(2600, "nearest_keys")]
+    wanted = [(1024, name) for name in prefill] + [(640, "near"), (640, "merge")]
+    wanted += [(2600, name) for name in prefill]
     assert [(row["context"], row["method"]) for row in report["results"]] == wanted
     for row in report["results"]:
         assert set(row) == {*ROW_FIELDS, "samples"}
@@ -251,7 +251,7 @@ def test_one_call_is_left_out_where_it_takes_too_long(monkeypatch):
 
 
 def test_a_real_layer_has_its_own_shape():
-    rows = kernels.run(options(lengths="1100", source="real:1", patterns="auto", steps="near,nearest_keys"))["results"]
+    rows = kernels.run(options(lengths="1100", source="real:1", patterns="auto", steps="near,merge"))["results"]
     assert {row["status"] for row in rows} == {"ok"}
 
 
