@@ -14,6 +14,11 @@ FOLLOWUPS = ("exact", "retrieve")
 # Fewer new tokens than this attend exactly: they cost little, and a question is worth it.
 FEWEST_SPARSE = 512
 
+# Tokens from which on prefill="auto" looks for what to leave out. On a CPU, layers that have something ran at 0.96 and
+# 1.10 times the speed of dense attention at 16K, and at 1.39 and 1.45 times at 32K; a layer that has nothing lost up to
+# 28 % (bench/results/kernels-real*-mass95-2core.json). It has not been measured on GPUs.
+DENSE_BELOW = 16384
+
 PREFILLS = ("auto", "dense", "a_shape", "vertical_slash", "block_sparse")
 
 
@@ -56,8 +61,8 @@ class RetrievalConfig:
     prefill_mass: of "auto", the share of the attention mass that is kept; what is left out is at most 1 minus it, as a
         root mean square over queries that had no part in the choice. The relative error of the output may be three
         times that, or a fifth (bench/results/kernels-*.json).
-    dense_below: of "auto", where sparse attention begins to pay, in tokens; None measures it once on the device, and
-        is never below 8192.
+    dense_below: of "auto", where sparse attention begins to pay, in tokens; None is 16384, where dense attention and
+        the cheapest pattern took about as long on a CPU (bench/results/kernels-*.json).
     prefill_chunk: prompt tokens per forward pass; bounds the memory of activations.
     prefill_tile: earlier keys that one attention call of exact prefill sees; bounds what is on the device at once.
         Sparse prefill brings all keys and values of a layer there, one layer at a time.

@@ -147,6 +147,15 @@ def test_what_each_folder_never_knows():
     assert {m for m in users_of("faiss") if not m.startswith("bench.")} == {"index.ivf"}
 
 
+def test_no_clock_decides_what_is_read():
+    """In the rooms that choose what is read, the time is only looked at to be told in the stats."""
+    deciding = {m for m in FILES if m.split(".")[0] in ("index", "kernels", "kv", "far", "attention", "hf")}
+    clocks = {m for name in ("time", "timeit", "datetime", "random") for m in users_of(name)}
+    assert deciding & clocks == {"attention.decode", "far.index_build"}
+    # How much memory is free says which index a far context gets, and that is told beside it.
+    assert deciding & users_of("psutil") == {"far.index_choice"}
+
+
 def test_one_folder_knows_transformers_caches():
     runtime = {m for m in users_of("transformers.cache_utils") if not m.startswith("bench.")}
     # plan.terms only asks which layers a model has.

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retrieval_attn.attention.break_even import LEAST, break_even
 from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.to_device import earlier, heads_at_once, tokens_on_device, whole_heads
-from retrieval_attn.config import FEWEST_SPARSE, RetrievalConfig
+from retrieval_attn.config import DENSE_BELOW, FEWEST_SPARSE, RetrievalConfig
 from retrieval_attn.kernels import AttentionState, HeadPattern, attend_adaptive, attend_dense, attend_patterns, merge
 from retrieval_attn.kernels.sparse.choose import Choice
 from retrieval_attn.kernels.sparse.lists import why_not_sparse
@@ -60,12 +59,8 @@ class PrefillPolicy:
             return False
         if config.prefill != "auto":
             return True
-        S = memory.length + T
-        least = config.dense_below
-        if least is None:
-            heads = query.shape[1], shape.kv_heads, shape.key_dim
-            least = break_even(*heads, query.dtype, query.device) if S >= LEAST else LEAST
-        if least > S:
+        least = DENSE_BELOW if config.dense_below is None else config.dense_below
+        if memory.length + T < least:
             return False
         memory.rest -= 1
         return memory.rest < 0

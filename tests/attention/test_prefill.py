@@ -63,9 +63,8 @@ def test_auto_leaves_out_what_does_not_matter_and_says_how_much():
     assert memory.sample.length == memory.window.length == N
 
 
-def test_auto_is_dense_below_the_break_even(monkeypatch):
-    monkeypatch.setattr(module, "break_even", lambda *shape: 2500)
-    monkeypatch.setattr(module, "LEAST", 2000)
+def test_auto_is_dense_where_it_would_not_pay(monkeypatch):
+    monkeypatch.setattr(module, "DENSE_BELOW", 2500)
     inputs = local_heads()
     exact = attend_dense(*inputs, causal=True).out
     out, *_ = run(RetrievalConfig(prefill="auto"), inputs)
@@ -82,11 +81,6 @@ def test_short_turns_are_exact():
     assert_exact(out, exact)
     out, *_ = run(config, (query, keys, values, scale), few, chunk=FEWEST_SPARSE)
     assert not torch.allclose(out, exact, atol=0.1)
-
-
-def test_short_prompts_measure_nothing(monkeypatch):
-    monkeypatch.setattr(module, "break_even", lambda *shape: pytest.fail("measured"))
-    run(RetrievalConfig(prefill="auto"), local_heads())
 
 
 def test_a_rest_is_forgotten_with_the_tokens_that_led_to_it():

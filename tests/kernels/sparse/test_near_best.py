@@ -7,10 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_attn.kernels import reference
-from retrieval_attn.kernels.sparse import near_best
+from retrieval_attn.kernels.sparse import by_head, near_best
 from retrieval_attn.kernels.sparse.choose import choose
 from retrieval_attn.kernels.sparse.coverage import Layout
-from retrieval_attn.kernels.sparse.near_best import N_FIRST, N_NEAR, ROUNDING, Chooser, count_near_best, list_near_best
+from retrieval_attn.kernels.sparse.near_best import (
+    N_FIRST,
+    N_NEAR,
+    ROUNDING,
+    Chooser,
+    count_near_best,
+    is_quick,
+    list_near_best,
+    multiplies_bfloat16,
+)
 
 
 def scores_of(query, keys, scale, layout):
@@ -81,3 +90,50 @@ def test_the_order_of_bfloat16_as_integers(x):
     assert torch.equal(near_best._unordered(ordered), x)
     by_value = x.numpy()[np.argsort(ordered, kind="stable")]
     assert (np.diff(by_value) >= 0).all()
+
+
+@pytest.fixture
+def asked_anew():
+    is_quick.cache_clear()
+    yield
+    is_quick.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("features", "most", "quick"),
+    [
+        ({"avx2", "avx512f", "avx512bf16"}, "", True),
+        ({"amx-tile", "amx-bf16"}, "", True),
+        ({"neon", "sve", "bf16"}, "", True),
+        ({"avx2", "avx512f", "avx512vnni", "amx-int8"}, "", False),
+        (set(), "", False),
+        ({"avx512bf16"}, "avx512_core_vnni", False),
+        ({"avx512bf16"}, "AVX2", False),
+        ({"avx512bf16"}, "AVX512_CORE_BF16", True),
+        ({"bf16"}, "SVE_128", True),
+    ],
+)
+def test_flags_say_whether_products_of_bfloat16_are_quick(monkeypatch, asked_anew, features, most, quick):
+    """A clock said it once, five products long: 20 times yes and 10 times no on one machine with other work."""
+    known = dict.fromkeys(["avx2", "avx512f", "avx512bf16", "amx-bf16"], False) | dict.fromkeys(features, True)
+    monkeypatch.setattr(near_best.llvmlite.binding, "get_host_cpu_features", lambda: known)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert multiplies_bfloat16(features, most) is is_quick() is quick
+
+
+def test_without_onednn_nothing_is_quick(monkeypatch, asked_anew):
+    monkeypatch.setattr(near_best.llvmlite.binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not is_quick()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_the_flags_say_is_what_is_chosen_from(monkeypatch, quick):
+    """Every query of the head wants a key of its own, which only a choice per run can give it."""
+    query, keys, scale = made(single_needles)
+    monkeypatch.setattr(by_head, "is_quick", lambda: quick)
+    first, second = (by_head.attend_adaptive(query[None], keys[None], keys[None], scale, 0.98) for _ in range(2))
+    assert [choice.kind for choice in first[1]] == ["near_best" if quick else "dense"]
+    assert first[1] == second[1]
+    assert torch.equal(first[0].out, second[0].out)
