@@ -271,7 +271,7 @@ def summarise(
     _summarise_prefill(stats, [layer.policy for layer in cache.retrieval_layers])
     stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
     stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories)
-    stats.device_kv_bytes = sum(memory.window.nbytes + memory.resident.nbytes for memory in memories)
+    stats.device_kv_bytes = sum(memory.window.nbytes + memory.device_prefix.nbytes for memory in memories)
     indexes = [index for memory in memories if (index := memory.far_index.if_built) is not None]
     stats.index_bytes = sum(index.nbytes for index in indexes)
     stats.index = ", ".join(sorted({index.kind for index in indexes}))

@@ -103,7 +103,7 @@ class TestRefusedMemory:
         session = llm.session()
         session.cache.retrieval_layers[1]._capacity = 100
         with monkeypatch.context() as patched:
-            broken(patched, "pages.mmap.mmap", OSError(errno.ENOMEM, "Cannot allocate memory"), at)
+            broken(patched, "kv.address_space.mmap.mmap", OSError(errno.ENOMEM, "Cannot allocate memory"), at)
             with pytest.raises(MemoryError, match=r"refused .* GiB of address space, .* raise .* kv_dtype='int8'"):
                 asked(session)
         assert session.cache.get_seq_length() == 100
@@ -112,7 +112,7 @@ class TestRefusedMemory:
     def test_by_a_store_that_takes_no_more(self, llm, expected, monkeypatch):
         session = llm.session()
         with monkeypatch.context() as patched:
-            broken(patched, "offload.HostStore.append", MemoryError("no room"), at=8)
+            broken(patched, "kv.host_store.HostStore.append", MemoryError("no room"), at=8)
             with pytest.raises(MemoryError, match="^no room$"):
                 asked(session)
         assert asked(session) == expected
@@ -122,7 +122,7 @@ class TestRefusedMemory:
         session = llm.session()
         asked(session, 1)
         with monkeypatch.context() as patched:
-            broken(patched, "pages.mmap.mmap", OSError(errno.ENOMEM, "Cannot allocate memory"), at)
+            broken(patched, "kv.address_space.mmap.mmap", OSError(errno.ENOMEM, "Cannot allocate memory"), at)
             with pytest.raises(MemoryError, match=r"refused .* GiB of address space"):
                 session.fork()
         assert asked(session.fork()) == asked(session) == expected
@@ -176,18 +176,18 @@ class TestInterruptions:
         ("where", "at"),
         [
             ("session.Session._begin", 1),
-            ("hf.prefill", 11),
-            ("offload.HostStore.append", 11),
-            ("window.Window.append", 12),
-            ("build.QuerySample.add", 13),
-            ("hf.RetrievalCache.start_builds", 1),
-            ("memory.LayerMemory.recipe", 2),
-            ("jobs.Job.wait", 1),
-            ("far_index.FarIndex._take_build", 2),
-            ("far_index.FarIndex.adopt", 3),
-            ("decode.attend_near", 20),
-            ("estimate.attend_far", 20),
-            ("far_index.FarIndex._follow", 40),
+            ("hf.layer.prefill", 11),
+            ("kv.host_store.HostStore.append", 11),
+            ("kv.window.Window.append", 12),
+            ("far.query_sample.QuerySample.add", 13),
+            ("hf.cache.RetrievalCache.start_builds", 1),
+            ("attention.layer_memory.LayerMemory.recipe", 2),
+            ("threads.jobs.Job.wait", 1),
+            ("far.far_index.FarIndex._take_build", 2),
+            ("far.far_index.FarIndex.adopt", 3),
+            ("attention.decode.attend_near", 20),
+            ("far.estimators.attend_far", 20),
+            ("far.far_index.FarIndex._follow", 40),
             ("generate.summarise", 1),
         ],
     )
@@ -200,12 +200,12 @@ class TestInterruptions:
         assert asked(session) == expected
 
     @pytest.mark.parametrize("at", [1, 2, 3, 4])
-    @pytest.mark.parametrize("where", ["hf.RetrievalCache.settle", "memory.LayerMemory.crop"])
+    @pytest.mark.parametrize("where", ["hf.cache.RetrievalCache.settle", "attention.layer_memory.LayerMemory.crop"])
     def test_while_it_is_mended(self, llm, expected, monkeypatch, where, at):
         """A second Ctrl-C, when the first has left the layers uneven."""
         session = llm.session()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            broken(patched, "window.Window.append", KeyboardInterrupt(), at=11)
+            broken(patched, "kv.window.Window.append", KeyboardInterrupt(), at=11)
             broken(patched, where, KeyboardInterrupt(), at)
             asked(session)
         assert asked(session) == expected

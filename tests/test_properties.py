@@ -19,7 +19,7 @@ from torch import Tensor
 import retrieval_attn as ra
 from retrieval_attn.generate import Request, Sampling
 from retrieval_attn.kv.host_store import HostStore
-from retrieval_attn.kv.shared_rows import Rows
+from retrieval_attn.kv.shared_rows import SharedRows
 from retrieval_attn.kv.window import Split, Window, split
 
 # Largest relative error of the logits of one token. Measured over all examples of this file: 5e-5.
@@ -348,7 +348,7 @@ def _shifted_split(length, n_sink, n_local):
     return Split(sink_stop, max(sink_stop, far_stop - 1), length)
 
 
-def _short_fork(self, length, fork=Rows.fork):
+def _short_fork(self, length, fork=SharedRows.fork):
     """The twin has not the last row."""
     return fork(self, max(0, length - 1))
 
@@ -379,12 +379,12 @@ def _keep_index(self, far):
 @pytest.mark.parametrize(
     ("where", "broken"),
     [
-        ("memory.split", _shifted_split),
-        ("rows.Rows.fork", _short_fork),
-        ("offload.HostStore.fork", _sharing_fork),
-        ("window.Window.crop", _stale_crop),
-        ("window.Window.crop", _crop_but_one),
-        ("far_index.FarIndex.truncate", _keep_index),
+        ("attention.layer_memory.split", _shifted_split),
+        ("kv.shared_rows.SharedRows.fork", _short_fork),
+        ("kv.host_store.HostStore.fork", _sharing_fork),
+        ("kv.window.Window.crop", _stale_crop),
+        ("kv.window.Window.crop", _crop_but_one),
+        ("far.far_index.FarIndex.truncate", _keep_index),
     ],
 )
 def test_what_is_broken_is_found(monkeypatch, where, broken):

@@ -115,7 +115,7 @@ def _check_kept(cache: retrieval_attn.RetrievalCache, device: torch.device) -> N
     if budget is None:
         return
     wanted = min(N, budget // TOKEN_BYTES) if device.type == "cuda" else 0
-    kept = {memory.resident.length for memory in cache.memories}
+    kept = {memory.device_prefix.length for memory in cache.memories}
     if kept != {wanted}:
         raise ValueError(f"device_kv_budget={budget} must keep {wanted} tokens of a layer, got {sorted(kept)}")
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from retrieval_attn.attention.decode import StepClock, decode
-from retrieval_attn.attention.layer_memory import LayerMemory
-from retrieval_attn.attention.layer_memory import LayerShape as MemoryShape
+from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.bench.latency.options import RIVALS, LayerShape, Options
 from retrieval_attn.bench.methods import rivals
 from retrieval_attn.bench.shared.machine import PeakMemory, cache_bytes, require_memory, synchronize

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from retrieval_attn.bench.vectors.sources import Vectors
-from retrieval_attn.far.estimators import estimate
+from retrieval_attn.far.estimators import estimate_attention
 from retrieval_attn.index import Index, SearchResult
 from retrieval_attn.kernels import TailSummary
 
@@ -35,7 +35,7 @@ class Estimator:
     ) -> Tensor:
         """Output (H, Dv) for query (H, 1, D) float32 and the hits of its search; index: the lifted one, for "lift"."""
         lift = index.lift if self.lifted and index is not None else None
-        found = estimate(
+        found = estimate_attention(
             query[None], vectors.keys, vectors.values, hits, scale,
             estimator=self.name, tail=tail, lift=lift, share_group=self.shared,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retrieval_attn.attention.layer_memory import LayerMemory
-from retrieval_attn.far.estimators import FarState, estimate, within_mass, worst_scores
+from retrieval_attn.far.estimators import FarState, estimate_attention, within_mass, worst_scores
 from retrieval_attn.far.far_index import Far
 from retrieval_attn.index import Index, SearchResult, build_index
 from retrieval_attn.kernels import AttentionState, attend_dense, attend_far, attend_near, merge
@@ -168,7 +168,7 @@ def attend_found(
     query: Tensor, memory: LayerMemory, index: Index, covered: Far, hits: SearchResult, scale: float
 ) -> FarState:
     config = memory.config
-    return estimate(
+    return estimate_attention(
         query, *covered, hits, scale, estimator=config.estimator,
         tail=memory.tail() if config.estimator == "tail" else None, lift=index.lift, share_group=config.share_group,
     )  # fmt: skip

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from retrieval_attn.arrays import Array
 from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.far.far_index import Far, FarIndex, Recipe, n_covered
-from retrieval_attn.far.index_choice import Choice, choose_index
+from retrieval_attn.far.far_index import BuildInputs, Far, FarIndex, n_covered
+from retrieval_attn.far.index_choice import IndexChoice, choose_index
 from retrieval_attn.far.query_sample import QuerySample
 from retrieval_attn.index import Index
 from retrieval_attn.kernels import TailSummary
-from retrieval_attn.kv.device_prefix import Resident
+from retrieval_attn.kv.device_prefix import DevicePrefix
 from retrieval_attn.kv.host_store import Extent, HostStore
 from retrieval_attn.kv.window import Split, Window, split
 
 
-class LayerShape(NamedTuple):
+class MemoryShape(NamedTuple):
     """What a layer's memory looks like: KV heads, dimensions of a key and of a value, dtype, tokens reserved for; how
     many layers there are like it, and how many sequences share the memory that the config grants."""
 
@@ -39,14 +39,14 @@ class LayerMemory:
     appends of the index run in the background.
     """
 
-    def __init__(self, config: RetrievalConfig, shape: LayerShape, store: HostStore | None = None) -> None:
+    def __init__(self, config: RetrievalConfig, shape: MemoryShape, store: HostStore | None = None) -> None:
         """store: its tokens, if it has some; else an empty one is made."""
         self.config = config
         self.shape = shape
         folder = None if config.kv_dir is None else Path(config.kv_dir).expanduser()
         self.store = store or HostStore(*shape[:5], int8=config.kv_dtype == "int8", folder=folder)
         self.window = Window(config.n_sink, config.n_local)
-        self.resident = Resident(0)
+        self.device_prefix = DevicePrefix(0)
         self.sample = QuerySample(config.build_queries)
         self._far_index, self._version = FarIndex(config), self.store.version
         self.scale = shape.key_dim**-0.5
@@ -124,16 +124,16 @@ class LayerMemory:
         # Left to choose, a kind once built stays: the memory it takes must not talk us out of it.
         return wanted != kind and (self.config.index != "auto" or kind == "exact" or wanted == "graph")
 
-    def choice(self) -> Choice:
+    def choice(self) -> IndexChoice:
         """The kind of index that suits the far keys of this moment."""
         shape = self.shape
         return choose_index(
             self.config, self.split.n_far, shape.n_layers, shape.kv_heads, shape.key_dim, steps=self.steps
         )
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> BuildInputs:
         """What an index of this moment is built from, besides the far tokens."""
-        return Recipe(self.choice(), self.store.folded(self.sample.queries()), self.scale)
+        return BuildInputs(self.choice(), self.store.folded(self.sample.queries()), self.scale)
 
     def index(self) -> Index | None:
         """What a step searches, a snapshot over the first far keys; those after its `n_keys` are read exactly.
@@ -160,7 +160,7 @@ class LayerMemory:
         span = after.sink_stop, after.far_stop
         self.far_index.truncate(Far(self.store.keys(*span), self.store.values(*span)))
         self.window.crop(length, self.store.read)
-        self.resident.crop(length)
+        self.device_prefix.crop(length)
         self.store.crop(length)
         self.sample.crop(length)
 

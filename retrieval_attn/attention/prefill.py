@@ -15,7 +15,7 @@ from retrieval_attn.kernels import AttentionState, HeadPattern, attend_adaptive,
 from retrieval_attn.kernels.sparse.choose import Choice
 from retrieval_attn.kernels.sparse.lists import why_not_sparse
 from retrieval_attn.kernels.sparse.patterns import DEFAULT_SIZES
-from retrieval_attn.kv.device_prefix import Resident
+from retrieval_attn.kv.device_prefix import DevicePrefix
 
 log = logging.getLogger("retrieval_attn")
 
@@ -128,7 +128,7 @@ def prefill(
     """
     start = memory.length
     if start == 0:
-        memory.resident = Resident(tokens_on_device(memory.config, memory, query.device))
+        memory.device_prefix = DevicePrefix(tokens_on_device(memory.config, memory, query.device))
     if policy.wants_sparse(query, memory):
         memory.append(query, keys, values)
         state = policy.attend(query, keys, values, scale, memory)
@@ -136,7 +136,7 @@ def prefill(
         state = _attend_exactly(query, keys, values, memory, scale)
         memory.append(query, keys, values)
         policy.note_dense(query, memory)
-    memory.resident.append(start, keys, values)
+    memory.device_prefix.append(start, keys, values)
     return state
 
 

@@ -42,7 +42,7 @@ def earlier(memory: LayerMemory, device: torch.device) -> Iterator[tuple[Tensor,
 
     A tile is valid until the next one is asked for.
     """
-    size, resident = memory.config.prefill_tile, memory.resident
+    size, resident = memory.config.prefill_tile, memory.device_prefix
     yield from resident.tiles(size)
     spans = [(start, min(memory.length, start + size)) for start in range(resident.length, memory.length, size)]
     if device.type == "cpu":
@@ -68,7 +68,7 @@ def whole_heads(memory: LayerMemory, keys: Tensor, values: Tensor, heads: slice)
     keys (1, G, T, D), values: of the newest tokens, which are in the memory already. On a CPU these are views of the
     store, unless it holds int8.
     """
-    store, resident, past = memory.store, memory.resident, memory.length - keys.shape[2]
+    store, resident, past = memory.store, memory.device_prefix, memory.length - keys.shape[2]
     if keys.device.type == "cpu":
         stored = store.read(0, memory.length, heads)
         return stored[0][None], stored[1][None]

@@ -32,7 +32,7 @@ class FarState(NamedTuple):
     recovered: Tensor
 
 
-def estimate(
+def estimate_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.index_build import BuiltIndex, build_far_index
-from retrieval_attn.far.index_choice import Choice
+from retrieval_attn.far.index_choice import IndexChoice
 from retrieval_attn.index import BuildCancelled, Index
 from retrieval_attn.kernels import TailSummary
 from retrieval_attn.threads.jobs import Cancelled, Job
@@ -40,10 +40,10 @@ class Far(NamedTuple):
         return Far(self.keys[:, start:], self.values[:, start:])
 
 
-class Recipe(NamedTuple):
+class BuildInputs(NamedTuple):
     """What an index is built from, besides the far tokens: its kind, and what teaches it (see `build_far_index`)."""
 
-    choice: Choice
+    choice: IndexChoice
     queries: Tensor
     scale: float
 
@@ -93,7 +93,7 @@ class FarIndex:
         """The build that the next search will wait for, if there is one."""
         return self._building
 
-    def for_step(self, far: Far, recipe: Callable[[], Recipe]) -> Index | None:
+    def for_step(self, far: Far, recipe: Callable[[], BuildInputs]) -> Index | None:
         """A snapshot over the first `n_covered` far keys: built, waited for, or brought up to date; None over none."""
         n = n_covered(far.length)
         if n == 0:
@@ -103,14 +103,14 @@ class FarIndex:
             self._appending = self.submit(_append_next, self._index, far.before(n + BATCH).keys, n)
         return self._view
 
-    def to_save(self, far: Far, recipe: Callable[[], Recipe]) -> Index | None:
+    def to_save(self, far: Far, recipe: Callable[[], BuildInputs]) -> Index | None:
         """As `for_step`, but the index itself, with nothing under way."""
         if n := n_covered(far.length):
             self._bring_up_to_date(far.before(n), recipe)
         self.truncate(far)
         return self._index
 
-    def _bring_up_to_date(self, covered: Far, recipe: Callable[[], Recipe]) -> None:
+    def _bring_up_to_date(self, covered: Far, recipe: Callable[[], BuildInputs]) -> None:
         if self._building is not None:
             self._take_build(self._building, covered)
         if self._index is None:
@@ -124,7 +124,7 @@ class FarIndex:
             self._tail = TailSummary(*far.before(self._view.n_keys))
         return self._tail
 
-    def build_later(self, submit: Submit, far: Far, recipe: Recipe) -> None:
+    def build_later(self, submit: Submit, far: Far, recipe: BuildInputs) -> None:
         """Hand the build to another thread, which adds `cancelled` if it likes; the first search waits for it."""
         self.build_fraction, self._scale = 0.0, recipe.scale
         covered = far.before(n_covered(far.length))
@@ -186,7 +186,7 @@ class FarIndex:
             twin.built_on, twin._scale = self.built_on, self._scale
         return twin
 
-    def _build(self, far: Far, recipe: Recipe) -> None:
+    def _build(self, far: Far, recipe: BuildInputs) -> None:
         choice, queries, self._scale = recipe
         try:
             self._adopt(build_far_index(self.config, choice, *far, queries, self._scale))
@@ -249,7 +249,7 @@ class FarIndex:
         if far.length == 0:
             self._index = self._view = self._tail = None
             return
-        exact = Choice("exact", cause)
+        exact = IndexChoice("exact", cause)
         self._adopt(build_far_index(self.config, exact, *far, None, self._scale))
 
     def _note_progress(self, fraction: float) -> None:

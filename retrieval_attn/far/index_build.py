@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.far.index_choice import Choice
+from retrieval_attn.far.index_choice import IndexChoice
 from retrieval_attn.index import Index, build_index
 from retrieval_attn.kernels import TailSummary
 
@@ -24,7 +24,7 @@ class BuiltIndex(NamedTuple):
 
 def build_far_index(
     config: RetrievalConfig,
-    choice: Choice,
+    choice: IndexChoice,
     keys: Tensor,
     values: Tensor,
     queries: Tensor | None,

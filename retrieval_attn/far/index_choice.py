@@ -21,7 +21,7 @@ GRAPH_AFTER_STEPS = 20_000
 MEMORY_SHARE = 0.5
 
 
-class Choice(NamedTuple):
+class IndexChoice(NamedTuple):
     """A kind of index and, in a few words, why."""
 
     kind: str
@@ -44,22 +44,22 @@ def bytes_per_key(kind: str, dim: int) -> int:
 
 def choose_index(
     config: RetrievalConfig, n_far: int, n_layers: int = 1, kv_heads: int = 1, dim: int = 128, steps: int = 0
-) -> Choice:
+) -> IndexChoice:
     """The kind of index for a far context of `n_far` keys per head.
 
     n_layers, kv_heads, dim: how many such contexts there are, to judge memory by. steps: decode steps so far on this
     document, which tell how much it is used.
     """
     if n_far < config.exact_below:
-        return Choice("exact", f"{n_far} far keys are fewer than exact_below={config.exact_below}")
+        return IndexChoice("exact", f"{n_far} far keys are fewer than exact_below={config.exact_below}")
     if config.index != "auto":
-        return Choice(config.index, "asked for")
+        return IndexChoice(config.index, "asked for")
     free = MEMORY_SHARE * psutil.virtual_memory().available
     rows = n_far * n_layers * kv_heads
     if n_far >= GRAPH_FROM and steps >= GRAPH_AFTER_STEPS and rows * bytes_per_key("graph", dim) <= free:
-        return Choice("graph", f"{n_far} far keys and {steps} steps: its build has paid by now")
+        return IndexChoice("graph", f"{n_far} far keys and {steps} steps: its build has paid by now")
     if rows * bytes_per_key("scan", dim) <= free:
-        return Choice("scan", f"fastest at {n_far} far keys, nothing to train, and memory for its codes")
+        return IndexChoice("scan", f"fastest at {n_far} far keys, nothing to train, and memory for its codes")
     if rows * bytes_per_key("page", dim) <= free:
-        return Choice("page", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")
-    return Choice("exact", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")
+        return IndexChoice("page", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")
+    return IndexChoice("exact", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")

@@ -19,8 +19,7 @@ from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
 from retrieval_attn.hf.served import _model_type, refuse_unserved
 from retrieval_attn.kernels import HeadPattern
-from retrieval_attn.threads import budget as cores
-from retrieval_attn.threads import jobs
+from retrieval_attn.threads import budget, jobs
 from retrieval_attn.threads.jobs import Job, Worker
 from retrieval_attn.threads.pool import require_safe_threads, set_threads
 
@@ -147,7 +146,7 @@ class RetrievalCache(DynamicCache):
 
     def working(self) -> AbstractContextManager[None]:
         """Inside, the calling thread uses `config.threads`, or half of them while indexes are built beside it."""
-        return cores.request(self.config.threads)
+        return budget.request(self.config.threads)
 
     def cancel_builds(self) -> None:
         """Stop builds under way and those not begun; a later step starts them anew."""
@@ -220,7 +219,7 @@ def _with_one_thread(work: Callable[..., Any], *args: Any, **options: Any) -> An
 
 def _beside_requests(threads: int | None, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Build an index with the threads that requests leave, until it is cancelled."""
-    with cores.build(threads) as adjust:
+    with budget.build(threads) as adjust:
         # Asked between blocks of work, in the building thread.
         return work(*args, cancelled=lambda: adjust() or jobs.is_cancelled(), **options)
 

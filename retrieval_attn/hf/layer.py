@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from retrieval_attn.attention.decode import StepClock, decode, decode_block
-from retrieval_attn.attention.layer_memory import LayerMemory, LayerShape
+from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.attention.prefill import PrefillPolicy, prefill
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.far_index import Submit
@@ -43,7 +43,7 @@ class RetrievalLayer(DynamicLayer):
         """One memory per sequence."""
         values = key_states if value_states is None else value_states
         B, G, _, D = key_states.shape
-        shape = LayerShape(G, D, values.shape[3], key_states.dtype, self._capacity, self.n_layers, B)
+        shape = MemoryShape(G, D, values.shape[3], key_states.dtype, self._capacity, self.n_layers, B)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.memories = [LayerMemory(self.config, shape) for _ in range(B)]
         for memory in self.memories:

@@ -51,7 +51,7 @@ class Cover(NamedTuple):
     n_bytes: int
 
 
-class Pages:
+class AddressSpace:
     """`n_bytes` of address space, which become memory, or room on a disk, as they are written.
 
     Not for two threads that change it at once; reading while another thread covers or freezes is safe.

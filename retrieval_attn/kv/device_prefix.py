@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 
-class Resident:
+class DevicePrefix:
     """Keys and values of the first tokens of one sequence in one layer, kept on the device up to a given number."""
 
     def __init__(self, most: int) -> None:

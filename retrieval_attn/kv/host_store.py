@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retrieval_attn.kv.address_space import OpenFile
 from retrieval_attn.kv.int8 import Scales
-from retrieval_attn.kv.shared_rows import Rows
+from retrieval_attn.kv.shared_rows import SharedRows
 
 # Transfers under way at most; each holds pinned memory for as many tokens as were appended.
 MOST_TRANSFERS = 2
@@ -36,7 +36,7 @@ class _Kept(NamedTuple):
     """Rows, what their numbers stand for if they are int8, and how often they were written anew; replaced as a whole,
     so that neither a reader in another thread nor an interruption meets half of it."""
 
-    rows: Rows
+    rows: SharedRows
     scales: Scales | None
     version: int = 0
 
@@ -47,7 +47,7 @@ class _Kept(NamedTuple):
     def roomy(self, length: int, capacity: int, scales: Scales | None) -> "_Kept":
         """The first `length` rows with room for `capacity`, in new scales if they are others."""
         heads, _, dim = self.tensor.shape
-        rows, old = Rows(heads, capacity, dim, self.tensor.dtype, self.rows.folder), self.tensor[:, :length]
+        rows, old = SharedRows(heads, capacity, dim, self.tensor.dtype, self.rows.folder), self.tensor[:, :length]
         if scales is None or self.scales is None or scales is self.scales:
             rows.write(0, old)
             return _Kept(rows, self.scales, self.version)
@@ -82,7 +82,7 @@ class HostStore:
         self.dtype = dtype
         kept = torch.int8 if int8 else dtype
         self._keys, self._values = (
-            _Kept(Rows(kv_heads, capacity, dim, kept, folder), Scales.least(kv_heads, dim) if int8 else None)
+            _Kept(SharedRows(kv_heads, capacity, dim, kept, folder), Scales.least(kv_heads, dim) if int8 else None)
             for dim in (key_dim, value_dim)
         )
         self._transfers: list[_Transfer] = []
@@ -174,7 +174,7 @@ class HostStore:
         return {name: scales.steps for name, scales in named.items() if scales is not None}
 
     def adopt(self, keys: Extent, values: Extent, length: int, scales: dict[str, Tensor]) -> None:
-        """Take the `length` tokens that a file holds, into an empty store, without reading them; see `Rows.cover`.
+        """Take the `length` tokens that a file holds, into an empty store, unread (`SharedRows.cover`).
 
         scales: as from `scales`. The file stays as it is, and must: what is written here goes to memory.
         """
@@ -183,7 +183,7 @@ class HostStore:
             heads, _, dim = kept.tensor.shape
             dtype = kept.tensor.dtype
             in_file = length * dim * dtype.itemsize
-            rows = Rows(heads, capacity, dim, dtype, kept.rows.folder, in_file, extent.offset)
+            rows = SharedRows(heads, capacity, dim, dtype, kept.rows.folder, in_file, extent.offset)
             rows.cover(extent.file, extent.offset, length)
             adopted.append(_Kept(rows, None if kept.scales is None else Scales(scales[name].clone())))
         self._keys, self._values = adopted

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrieval_attn.kv.address_space import CAN_COVER, PAGE, Cover, OpenFile, Pages
+from retrieval_attn.kv.address_space import CAN_COVER, PAGE, AddressSpace, Cover, OpenFile
 
 # Fewer rows than this that a fork does not share yet are copied; more are moved to where it can share them.
 FEW = 4096
 
 
-class Rows:
+class SharedRows:
     """(G, capacity, D) of one dtype, of which the first rows are in use; room that is not takes no memory.
 
     tensor: all of it, (G, capacity, D), each row contiguous; valid as long as any view of it lives.
@@ -31,7 +31,7 @@ class Rows:
         # Heads lie at least a page apart, so that no page holds rows of two of them.
         wanted = capacity * self._row + PAGE
         self._stride = -(-wanted // PAGE) * PAGE + like % PAGE
-        self._pages = Pages(self._skew + heads * self._stride, folder)
+        self._pages = AddressSpace(self._skew + heads * self._stride, folder)
         flat = self._pages.tensor(dtype, self._skew)
         self.tensor = flat.as_strided((heads, capacity, dim), (self._stride // dtype.itemsize, dim, 1))
 
@@ -74,10 +74,10 @@ class Rows:
             raw = os.pread(file.descriptor, length * self._row, offset + head * length * self._row)
             rows.copy_(torch.frombuffer(bytearray(raw), dtype=rows.dtype).view(rows.shape))
 
-    def fork(self, length: int) -> "Rows":
+    def fork(self, length: int) -> "SharedRows":
         """Rows of their own that begin with the first `length` of these; what neither side changes is held once."""
         heads, capacity, dim = self.tensor.shape
-        twin = Rows(heads, capacity, dim, self.tensor.dtype, self.folder, self._stride, self._skew)
+        twin = SharedRows(heads, capacity, dim, self.tensor.dtype, self.folder, self._stride, self._skew)
         if CAN_COVER and length - self._shared > FEW:
             shared, whole = self._shared * self._row, length * self._row
             self._pages.freeze([(first + shared, first + whole) for first in self._starts()])
@@ -87,7 +87,7 @@ class Rows:
             twin.write(held, self.tensor[:, held:length])
         return twin
 
-    def _lend(self, twin: "Rows", length: int) -> int:
+    def _lend(self, twin: "SharedRows", length: int) -> int:
         """Cover the twin as these rows are, whole pages of the first `length` rows; returns how many rows it holds."""
         for cover in self._covers(length):
             twin._pages.cover(cover)

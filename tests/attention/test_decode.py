@@ -5,7 +5,7 @@ import torch
 from tail_layers import layer, relative
 
 from retrieval_attn.attention.decode import StepClock, decode
-from retrieval_attn.attention.layer_memory import LayerMemory, LayerShape
+from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.far_index import n_covered
 from retrieval_attn.kernels import attend_near
@@ -13,7 +13,9 @@ from retrieval_attn.kernels import attend_near
 
 def memory_of(keys, values, query, **options):
     defaults = {"index": "exact", "n_sink": 4, "n_local": 32, "exact_below": 0, "top_k": 64}
-    memory = LayerMemory(RetrievalConfig(**(defaults | options)), LayerShape(len(keys), 32, 32, torch.float32, 1 << 14))
+    memory = LayerMemory(
+        RetrievalConfig(**(defaults | options)), MemoryShape(len(keys), 32, 32, torch.float32, 1 << 14)
+    )
     queries = query[:, :, :1].expand(-1, -1, keys.shape[1], -1)
     memory.append(queries, keys[None], values[None])
     return memory
@@ -103,8 +105,8 @@ def test_tokens_that_leave_the_window_enter_the_estimate():
 def test_a_crop_interrupted_anywhere_is_mended_by_the_next(monkeypatch):
     """The index was cut last, and a second crop, which found the store short already, left it too long."""
     query, keys, values, scale = layer(S=4000)
-    places = ["index.exact.ExactIndex.truncate", "far_index.TailSummary.truncate", "offload.HostStore.crop"]
-    for place in [*places, "window.Window.crop", "build.QuerySample.crop"]:
+    places = ["index.exact.ExactIndex.truncate", "far.far_index.TailSummary.truncate", "kv.host_store.HostStore.crop"]
+    for place in [*places, "kv.window.Window.crop", "far.query_sample.QuerySample.crop"]:
         memory = memory_of(keys, values, query)
         decode(query[:, :, :1], memory, scale, StepClock())
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

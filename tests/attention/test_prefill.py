@@ -6,7 +6,7 @@ from peaky import peaky
 
 from retrieval_attn import RetrievalConfig
 from retrieval_attn.attention import prefill as module
-from retrieval_attn.attention.layer_memory import LayerMemory, LayerShape
+from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.attention.prefill import FEWEST_SPARSE, PrefillPolicy, prefill
 from retrieval_attn.kernels import HeadPattern, attend_dense, attend_patterns
 
@@ -33,7 +33,7 @@ def run(config, inputs, policy=None, chunk=CHUNK):
     """Prefill in chunks; returns what came out, the memory and the policy."""
     query, keys, values, scale = inputs
     policy = policy or PrefillPolicy(config)
-    memory = LayerMemory(config, LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, 16))
+    memory = LayerMemory(config, MemoryShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, 16))
     outs = []
     for start in range(0, query.shape[2], chunk):
         part = slice(start, start + chunk)
@@ -96,7 +96,7 @@ def test_sequences_of_a_batch_do_not_rest_for_each_other():
     query, keys, values, scale = peaky(G=1, R=1, T=600, S=600, D=8)
     config = RetrievalConfig(prefill="auto", dense_below=1)
     _, _, policy = run(config, (0.01 * query, keys, values, scale), chunk=600)
-    other = LayerMemory(config, LayerShape(1, 8, 8, torch.float32, 16))
+    other = LayerMemory(config, MemoryShape(1, 8, 8, torch.float32, 16))
     assert policy.wants_sparse(query, other)
 
 

@@ -5,16 +5,18 @@ import contextlib
 import pytest
 import torch
 
-from retrieval_attn.attention.layer_memory import LayerMemory, LayerShape
+from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.attention.to_device import _brought, earlier, heads_at_once, tokens_on_device, whole_heads
 from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.kv.device_prefix import Resident
+from retrieval_attn.kv.device_prefix import DevicePrefix
 
 G, D = 2, 8
 
 
 def memory_of(n, **options):
-    memory = LayerMemory(RetrievalConfig(**({"prefill_tile": 100} | options)), LayerShape(G, D, D, torch.float32, 2000))
+    memory = LayerMemory(
+        RetrievalConfig(**({"prefill_tile": 100} | options)), MemoryShape(G, D, D, torch.float32, 2000)
+    )
     keys = torch.randn((1, G, n, D))
     memory.append(torch.randn((1, 2 * G, n, D)), keys, -keys)
     return memory, keys
@@ -24,11 +26,11 @@ def memory_of(n, **options):
 @pytest.mark.parametrize("on_device", [0, 1, 100, 333, 2000])
 def test_every_earlier_token_comes_once(n, on_device):
     memory, keys = memory_of(n)
-    memory.resident = Resident(on_device)
+    memory.device_prefix = DevicePrefix(on_device)
     for start in range(0, n, 70):
         part = keys[:, :, start : start + 70]
-        memory.resident.append(start, part, -part)
-    assert memory.resident.length == min(n, on_device)
+        memory.device_prefix.append(start, part, -part)
+    assert memory.device_prefix.length == min(n, on_device)
     tiles = list(earlier(memory, torch.device("cpu")))
     assert all(tile.shape[2] <= 100 for tile, _ in tiles)
     assert torch.equal(torch.cat([tile for tile, _ in tiles], dim=2), keys)
@@ -36,7 +38,7 @@ def test_every_earlier_token_comes_once(n, on_device):
 
 
 def test_what_stays_on_the_device_is_a_prefix():
-    resident = Resident(300)
+    resident = DevicePrefix(300)
     x = torch.randn((1, G, 400, D))
     resident.append(0, x[:, :, :100], x[:, :, :100])
     resident.append(150, x[:, :, 150:200], x[:, :, 150:200])
@@ -51,8 +53,8 @@ def test_what_stays_on_the_device_is_a_prefix():
 
 def test_a_crop_of_the_memory_reaches_the_device():
     memory, keys = memory_of(500)
-    memory.resident = Resident(400)
-    memory.resident.append(0, keys, -keys)
+    memory.device_prefix = DevicePrefix(400)
+    memory.device_prefix.append(0, keys, -keys)
     memory.crop(250)
     assert torch.equal(torch.cat([tile for tile, _ in earlier(memory, torch.device("cpu"))], dim=2), keys[:, :, :250])
 
@@ -83,7 +85,7 @@ def test_without_a_gpu_nothing_is_kept_twice():
 
 @pytest.mark.parametrize("budget", [0, 1000, 1 << 20])
 def test_a_budget_is_shared_by_layers_and_sequences(budget):
-    shape = LayerShape(G, D, D, torch.float32, 2000, n_layers=4, n_sequences=2)
+    shape = MemoryShape(G, D, D, torch.float32, 2000, n_layers=4, n_sequences=2)
     memory = LayerMemory(RetrievalConfig(device_kv_budget=budget), shape)
     tokens = tokens_on_device(memory.config, memory, torch.device("cuda"))
     row = 2 * G * D * 4

@@ -3,7 +3,7 @@ import pytest
 import torch
 from tail_layers import layer, relative
 
-from retrieval_attn.far.estimators import estimate, within_mass, worst_scores
+from retrieval_attn.far.estimators import estimate_attention, within_mass, worst_scores
 from retrieval_attn.index import build_index
 from retrieval_attn.kernels import AttentionState, TailSummary, attend_near
 from retrieval_attn.kernels.merge import attend
@@ -21,7 +21,9 @@ def exact(query, keys, values, scale):
 def estimated(query, keys, values, scale, estimator, k, seed=0, **options):
     index, hits = found_in(query, keys, k + (estimator == "lift"), scale if estimator == "lift" else None, seed)
     tail = TailSummary(keys, values) if estimator == "tail" else None
-    return estimate(query, keys, values, hits, scale, estimator=estimator, tail=tail, lift=index.lift, **options)
+    return estimate_attention(
+        query, keys, values, hits, scale, estimator=estimator, tail=tail, lift=index.lift, **options
+    )
 
 
 @pytest.mark.parametrize("share_group", [True, False])
@@ -72,7 +74,7 @@ def test_the_recovered_share_is_what_was_read(estimator):
     if estimator == "lift":
         _, hits = found_in(query, keys, 201, scale)
         hits = hits._replace(ids=hits.ids[..., :-1], scores=hits.scores[..., :-1])
-    read = estimate(query, keys, values, hits, scale, share_group=False).state
+    read = estimate_attention(query, keys, values, hits, scale, share_group=False).state
     share = torch.exp(read.lse.double() - true.lse)[0]
     # A sample knows the whole only to about 1 / sqrt(200).
     assert (far.recovered - share).abs().max() < (0.05 if estimator == "tail" else 0.1)
@@ -90,7 +92,7 @@ def test_the_worst_key_found_is_not_cut_off():
     query, keys, values, scale = layer(S=500, sharp=8.0)
     _, hits = found_in(query, keys, 1)
     n_found = np.sum(hits.ids >= 0, -1)
-    far = estimate(query, keys, values, hits, scale, estimator="tail", tail=TailSummary(keys, values))
+    far = estimate_attention(query, keys, values, hits, scale, estimator="tail", tail=TailSummary(keys, values))
     assert (far.recovered > 0.01).all()
     nothing = hits._replace(ids=np.full_like(hits.ids, -1), scores=np.full_like(hits.scores, -np.inf))
     assert (worst_scores(hits, scale, n_found) <= hits.scores[..., 0] * scale).all()

@@ -339,7 +339,7 @@ class TestInterruptions:
         with torch.no_grad():
             model(ids[:, :150], past_key_values=cache)
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                patched.setattr("retrieval_attn.hf.attention.prefill", _raising(KeyboardInterrupt))
+                patched.setattr("retrieval_attn.hf.layer.prefill", _raising(KeyboardInterrupt))
                 model(ids[:, 150:], past_key_values=cache)
             cache.settle()
             assert cache.spoiled

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_attn.kv.address_space import OpenFile, Pages
-from retrieval_attn.kv.shared_rows import FEW, Rows
+from retrieval_attn.kv.address_space import AddressSpace, OpenFile
+from retrieval_attn.kv.shared_rows import FEW, SharedRows
 
 CAPACITY = 40_000
 
@@ -24,7 +24,7 @@ def numbers(n, seed=0, heads=2, dim=8, dtype=torch.float32):
 
 def rows_of(content, folder=None):
     heads, _, dim = content.shape
-    rows = Rows(heads, CAPACITY, dim, content.dtype, folder)
+    rows = SharedRows(heads, CAPACITY, dim, content.dtype, folder)
     rows.write(0, content)
     return rows
 
@@ -91,7 +91,7 @@ def test_any_history_of_forks_crops_and_appends(disk, first, steps, on_disk):
 def test_forks_share_memory():
     """Of 64 MiB, ten forks take next to nothing; a fork that writes 2 MiB anew takes about that."""
     content = torch.ones((2, 131_072, 64))
-    rows = Rows(2, 1 << 18, 64, torch.float32)
+    rows = SharedRows(2, 1 << 18, 64, torch.float32)
     rows.write(0, content)
     del content
     first = rows.fork(131_072)
@@ -108,7 +108,7 @@ def test_rows_of_a_file_are_read_where_they_lie(tmp_path, offset, n):
     path = tmp_path / "rows"
     raw = content.view(torch.uint8).numpy().tobytes()
     path.write_bytes(b"x" * offset + raw)
-    rows = Rows(2, CAPACITY, 10, torch.bfloat16, None, n * 20, offset)
+    rows = SharedRows(2, CAPACITY, 10, torch.bfloat16, None, n * 20, offset)
     file = OpenFile(os.open(path, os.O_RDONLY))
     rows.cover(file, offset, n)
     assert torch.equal(rows.tensor[:, :n], content)
@@ -147,7 +147,7 @@ def test_freezing_beside_a_reader_shows_it_nothing_else():
 
 def test_bytes_on_disk_are_in_the_folder(tmp_path):
     before = psutil.disk_usage(str(tmp_path)).free
-    rows = Rows(2, 1 << 20, 64, torch.float32, tmp_path)
+    rows = SharedRows(2, 1 << 20, 64, torch.float32, tmp_path)
     rows.write(0, torch.ones((2, 65_536, 64)))
     assert before - psutil.disk_usage(str(tmp_path)).free > 20 << 20
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +159,7 @@ def test_bytes_on_disk_are_in_the_folder(tmp_path):
 def test_what_is_shared_takes_no_room_on_disk(tmp_path, restored):
     """One more token must not allocate room for all that a file or the origin holds."""
     content = torch.ones((2, 200_000, 64))
-    rows = Rows(2, 1 << 20, 64, torch.float32, tmp_path, 0, 0)
+    rows = SharedRows(2, 1 << 20, 64, torch.float32, tmp_path, 0, 0)
     if restored:
         (tmp_path / "rows").write_bytes(content.numpy().tobytes())
         rows.cover(OpenFile(os.open(tmp_path / "rows", os.O_RDONLY)), 0, 200_000)
@@ -183,8 +183,8 @@ def test_a_fork_opens_few_files():
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
-from retrieval_attn.rows import Rows
-rows = Rows(2, 1 << 20, 64, torch.float32, Path(sys.argv[1]))
+from retrieval_attn.kv.shared_rows import SharedRows
+rows = SharedRows(2, 1 << 20, 64, torch.float32, Path(sys.argv[1]))
 held = 0
 try:
     while True:
@@ -213,7 +213,7 @@ def test_a_full_disk_is_an_error_and_not_the_end(tmp_path):
 
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(OSError, match="cannot hold keys and values: No such file"):
-        Pages(1, tmp_path / "missing")
+        AddressSpace(1, tmp_path / "missing")
 
 
 def test_a_refused_reservation_names_need_free_and_the_ways_out(monkeypatch):
@@ -222,4 +222,4 @@ def test_a_refused_reservation_names_need_free_and_the_ways_out(monkeypatch):
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match=r"refused 1.00 GiB .* are free .*ulimit.*int8.*kv_dir=PATH.*shorter text"):
-        Pages(1 << 30)
+        AddressSpace(1 << 30)

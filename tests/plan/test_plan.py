@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from retrieval_attn import cli
-from retrieval_attn.attention.layer_memory import LayerMemory, LayerShape
+from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.cli import parse_bytes
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.index_choice import bytes_per_key
@@ -122,7 +122,7 @@ def test_int8_halves_keys_and_values_but_not_the_window():
     int8 = RetrievalConfig(kv_dtype="int8")
     assert 2 * plan_terms.stored_kv(shape, 1000, int8) == plan_terms.stored_kv(shape, 1000, CONFIG)
     assert plan_terms.near_window(shape, int8) == plan_terms.near_window(shape, CONFIG)
-    memory = LayerMemory(int8, LayerShape(2, 16, 16, BF16, 100))
+    memory = LayerMemory(int8, MemoryShape(2, 16, 16, BF16, 100))
     memory.append(*(torch.randn(1, heads, 50, 16, dtype=BF16) for heads in (4, 2, 2)))
     tiny = replace(shape, n_layers=1, G=2, D=16)
     assert plan_terms.stored_kv(tiny, 50, int8) == memory.store.keys().nbytes + memory.store.values().nbytes

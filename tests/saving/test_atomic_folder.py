@@ -10,7 +10,7 @@ from collections import namedtuple
 import pytest
 from safetensors import SafetensorError
 
-from retrieval_attn.saving import atomic_folder as durable
+from retrieval_attn.saving import atomic_folder
 
 steps = pytest.mark.parametrize("one_step", [True, False])
 
@@ -32,7 +32,7 @@ OLD, NEW = ({"a": text, "b": text} for text in ("old", "new"))
 
 @pytest.fixture
 def target(tmp_path):
-    durable.write_folder(tmp_path / "some.name", writer("old"))
+    atomic_folder.write_folder(tmp_path / "some.name", writer("old"))
     return tmp_path / "some.name"
 
 
@@ -47,14 +47,14 @@ def dead_pid():
 def test_made_then_replaced(target, one_step, monkeypatch):
     assert content(target) == OLD
     if not one_step:
-        monkeypatch.setattr(durable, "_exchange", lambda a, b: False)
-    durable.write_folder(target, writer("new"))
+        monkeypatch.setattr(atomic_folder, "_exchange", lambda a, b: False)
+    atomic_folder.write_folder(target, writer("new"))
     assert content(target) == NEW
     assert list(target.parent.iterdir()) == [target]
 
 
 def test_folders_above_are_made(tmp_path):
-    durable.write_folder(tmp_path / "x" / "y", writer("new"))
+    atomic_folder.write_folder(tmp_path / "x" / "y", writer("new"))
     assert content(tmp_path / "x" / "y") == NEW
 
 
@@ -65,13 +65,13 @@ def test_interrupted_at_every_step(target, one_step, there, monkeypatch):
     for when in range(1000):
         shutil.rmtree(target, ignore_errors=True)
         if there:
-            durable.write_folder(target, writer("old"))
+            atomic_folder.write_folder(target, writer("old"))
         with monkeypatch.context() as patch:
             interrupt_at(patch, when)
             if not one_step:
-                patch.setattr(durable, "_exchange", lambda a, b: False)
+                patch.setattr(atomic_folder, "_exchange", lambda a, b: False)
             try:
-                durable.write_folder(target, writer("new"))
+                atomic_folder.write_folder(target, writer("new"))
                 break
             except KeyboardInterrupt:
                 pass
@@ -98,24 +98,24 @@ def interrupt_at(patch, when):
 
         return run
 
-    for owner, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (durable, "_exchange")):
+    for owner, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (atomic_folder, "_exchange")):
         patch.setattr(owner, name, interrupted(getattr(owner, name)))
 
 
 def test_killed_between_two_renames_the_old_folder_is_put_back(target, dead_pid):
     hidden = target.with_name(f".{target.name}.{dead_pid}.7")
     target.rename(f"{hidden}.old")
-    durable.put_back(target)
+    atomic_folder.put_back(target)
     assert content(target) == OLD
     target.rename(f"{hidden}.old")
-    durable.write_folder(target, writer("new"))
+    atomic_folder.write_folder(target, writer("new"))
     assert content(target) == NEW
     assert list(target.parent.iterdir()) == [target]
 
 
 def test_nothing_to_put_back(tmp_path):
-    durable.put_back(tmp_path / "nothing")
-    durable.put_back(tmp_path / "no folder" / "nothing")
+    atomic_folder.put_back(tmp_path / "nothing")
+    atomic_folder.put_back(tmp_path / "no folder" / "nothing")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,16 +124,16 @@ def test_only_what_dead_processes_left_for_this_name_is_removed(target, dead_pid
     kept = [f".{target.name}.{os.getppid()}.0", f".{target.name}x.{dead_pid}.0", f".{target.name}.5.{dead_pid}.0"]
     for name in gone + kept:
         target.with_name(f"{name}.tmp").mkdir()
-    durable.write_folder(target, writer("new"))
+    atomic_folder.write_folder(target, writer("new"))
     assert {path.name for path in target.parent.iterdir()} == {target.name, *(f"{name}.tmp" for name in kept)}
 
 
 def test_a_second_thread_leaves_the_first_ones_folder_alone(target):
     def fill(folder):
-        durable.write_folder(target, writer("old"))
+        atomic_folder.write_folder(target, writer("old"))
         writer("new")(folder)
 
-    durable.write_folder(target, fill)
+    atomic_folder.write_folder(target, fill)
     assert content(target) == NEW
 
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_written_leaves_the_old_folder_and_one_line(target, error
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**40))
     with pytest.raises(OSError, match=says) as caught:
-        durable.write_folder(target, fill, at_least=3 * 2**29)
+        atomic_folder.write_folder(target, fill, at_least=3 * 2**29)
     assert caught.value.errno == number
     assert str(target) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -167,22 +167,22 @@ def test_too_little_room_is_said_before_anything_is_written(target):
         raise AssertionError("nothing may be written")
 
     with pytest.raises(OSError, match=r"at least 1048576.00 GiB are needed, .* are free") as caught:
-        durable.write_folder(target, fill, at_least=2**50)
+        atomic_folder.write_folder(target, fill, at_least=2**50)
     assert caught.value.errno == errno.ENOSPC
     assert content(target) == OLD
 
 
 def test_a_disk_of_unknown_size_is_not_called_full(target, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(0, 0, 0))
-    durable.write_folder(target, writer("new"), at_least=2**50)
+    atomic_folder.write_folder(target, writer("new"), at_least=2**50)
     assert content(target) == NEW
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
 def test_the_single_step_of_linux(target, tmp_path):
-    durable.write_folder(tmp_path / "other", writer("new"))
-    assert durable._exchange(target, tmp_path / "other")
+    atomic_folder.write_folder(tmp_path / "other", writer("new"))
+    assert atomic_folder._exchange(target, tmp_path / "other")
     assert content(target) == NEW
     assert content(tmp_path / "other") == OLD
     with pytest.raises(FileNotFoundError):
-        durable._exchange(target, tmp_path / "nothing")
+        atomic_folder._exchange(target, tmp_path / "nothing")

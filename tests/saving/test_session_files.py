@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_chat_model
 
 import retrieval_attn as ra
-from retrieval_attn.saving import atomic_folder as durable
-from retrieval_attn.saving import checksums as sealed
+from retrieval_attn.saving import atomic_folder, checksums
 from retrieval_attn.saving.session_files import FORMAT
 
 EVERYTHING = 1 << 20
@@ -236,14 +235,14 @@ class TestRestoreRefuses:
 
 def said(folder):
     """What a manifest says, without what sealing adds."""
-    manifest = sealed.read_manifest(folder, FORMAT)
+    manifest = checksums.read_manifest(folder, FORMAT)
     return {name: value for name, value in manifest.items() if name not in ("sha256", "format", "files")}
 
 
 def seal_again(folder, fields):
     """As a forger would."""
     (folder / "manifest.json").unlink()
-    sealed.write_manifest(folder, FORMAT, fields)
+    checksums.write_manifest(folder, FORMAT, fields)
 
 
 @pytest.mark.parametrize(
@@ -546,12 +545,12 @@ SAVER = """
 import os, sys, time
 import torch
 import retrieval_attn as ra
-from retrieval_attn import durable
+from retrieval_attn.saving import atomic_folder
 model, config, target, one_step, *folders = sys.argv[1:]
 torch.set_num_threads(1)
 if one_step == "False":
     # Time to be killed between the two.
-    rename, durable._exchange = os.rename, lambda a, b: False
+    rename, atomic_folder._exchange = os.rename, lambda a, b: False
     os.rename = lambda a, b: (rename(a, b), time.sleep(0.05))
 llm = ra.load(model, eval(config, vars(ra)), dtype="float32")
 sessions = [llm.restore(folder) for folder in folders]
@@ -607,7 +606,7 @@ def test_a_save_cut_between_two_renames_is_undone(llm, session, saved):
 
 def test_needed_room_is_what_the_tensors_take(session, saved, monkeypatch, tmp_path):
     needed = []
-    monkeypatch.setattr(durable, "_check_room", lambda folder, at_least: needed.append(at_least))
+    monkeypatch.setattr(atomic_folder, "_check_room", lambda folder, at_least: needed.append(at_least))
     session.save(tmp_path / "again")
     written = sum(path.stat().st_size for path in saved.glob("*.safetensors"))
     assert 0.98 * written < needed[0] < written

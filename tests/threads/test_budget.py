@@ -5,7 +5,7 @@ import threading
 import numba
 import pytest
 
-from retrieval_attn.threads import budget as cores
+from retrieval_attn.threads import budget
 from retrieval_attn.threads.pool import set_threads
 
 ALL = numba.config.NUMBA_NUM_THREADS
@@ -28,12 +28,12 @@ def elsewhere(work):
 
 
 def threads_of_a_build(total):
-    with cores.build(total):
+    with budget.build(total):
         return numba.get_num_threads()
 
 
 def threads_of_a_request(total):
-    with cores.request(total):
+    with budget.request(total):
         return numba.get_num_threads()
 
 
@@ -48,22 +48,22 @@ def test_together_each_has_half_and_at_least_one(monkeypatch):
     """With numbers noted instead of set: this machine may have fewer cores."""
     noted = []
     monkeypatch.setattr("retrieval_attn.threads.budget.set_threads", noted.append)
-    with cores.request(8):
-        with cores.build(8) as adjust, cores.request(8):
+    with budget.request(8):
+        with budget.build(8) as adjust, budget.request(8):
             pass
         adjust()
     adjust()
-    with cores.build(7), cores.request(7):
+    with budget.build(7), budget.request(7):
         pass
     assert noted == [8, 4, 4, 4, 8, 7, 4]
 
 
 def test_a_request_leaves_the_callers_setting():
     set_threads(1)
-    with cores.request(None):
+    with budget.request(None):
         assert numba.get_num_threads() == ALL
     assert numba.get_num_threads() == 1
-    with pytest.raises(KeyboardInterrupt), cores.request(None):
+    with pytest.raises(KeyboardInterrupt), budget.request(None):
         raise KeyboardInterrupt
     assert numba.get_num_threads() == 1
     assert threads_of_a_request(None) == ALL

@@ -97,7 +97,7 @@ def test_the_thread_ends_with_its_worker():
 
 AT_THE_END = """
 import time
-from retrieval_attn.jobs import Worker, is_cancelled
+from retrieval_attn.threads.jobs import Worker, is_cancelled
 idle, busy = Worker("idle"), Worker("busy")
 idle.submit(int).result()
 def work():
