@@ -18,6 +18,7 @@ from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
 from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.plan.plan import MemoryPlan, plan_memory
+from retrieval_attn.saving.session_files import restore_session
 from retrieval_attn.session import Session
 
 Prompt = str | Tensor | Sequence[int] | Sequence[dict[str, str]]
@@ -159,9 +160,8 @@ class LLM:
 
     def restore(self, directory: str | Path) -> Session:
         """A conversation saved by `Session.save`. Raises ValueError, with the reason, for anything else."""
-        from retrieval_attn.saving.session_files import restore_session
-
-        return restore_session(self, Path(directory))
+        cache = self.new_cache()
+        return Session.resumed(self, cache, restore_session(Path(directory), cache, self.model))
 
     def new_cache(self) -> RetrievalCache:
         """An empty cache for this model."""

@@ -4,12 +4,14 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import Completion, GenerationStats, OnProgress, Request
-
-if TYPE_CHECKING:
-    from retrieval_attn.llm import LLM
+from retrieval_attn.hf.cache import RetrievalCache
+from retrieval_attn.plan.plan import MemoryPlan
+from retrieval_attn.saving.session_files import save_session
+from retrieval_attn.saving.session_state import SessionState
 
 log = logging.getLogger("retrieval_attn")
 
@@ -21,6 +23,35 @@ _REPLY = "QQQreplyQQQ"
 _BETWEEN = "\n\n"
 
 
+class ConversationModel(Protocol):
+    """What a session, and whoever shows one, asks of a model; `LLM` is one."""
+
+    model: Any
+    tokenizer: Any
+    config: RetrievalConfig
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    def encode(self, prompt: str | list[int]) -> list[int]: ...
+
+    def encode_text(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
+
+    def stop_ids(self) -> list[int]: ...
+
+    def plan(self, n_tokens: int) -> MemoryPlan: ...
+
+    def new_cache(self) -> RetrievalCache: ...
+
+    def request(self, cache: RetrievalCache, on_progress: OnProgress | None, sampling: dict[str, Any]) -> Request: ...
+
+    def restore(self, directory: str | Path) -> "Session": ...
+
+
 class Around(NamedTuple):
     """What a chat template puts before and after the text of a user's turn, and before an answer that stands in the
     history where `after` has called for one."""
@@ -30,7 +61,7 @@ class Around(NamedTuple):
     lead: str = ""
 
 
-def turn_frame(llm: "LLM", system: str | None, first: bool) -> Around:
+def turn_frame(llm: ConversationModel, system: str | None, first: bool) -> Around:
     """What the model's chat template puts around a user's turn: the first, or one after an answer.
 
     Raises ValueError for a model without a template, or one that changes what is said.
@@ -61,7 +92,7 @@ class Session:
     prefilled are reused if they are asked again. Not for use from two threads at once.
     """
 
-    def __init__(self, llm: "LLM", system: str | None = None) -> None:
+    def __init__(self, llm: ConversationModel, system: str | None = None) -> None:
         self.llm = llm
         self.system = system
         self.cache = llm.new_cache()
@@ -71,6 +102,26 @@ class Session:
         self._cached: list[int] = []  # the ids whose keys the cache holds
         self._answer_start: int | None = None
         self._turn_open = False
+
+    @classmethod
+    def resumed(cls, llm: ConversationModel, cache: RetrievalCache, state: SessionState) -> "Session":
+        """The conversation whose `state` this is; the cache holds the keys of the state's `cached_ids`."""
+        session = cls(llm, state.system)
+        session.cache, session._cached = cache, list(state.cached_ids)
+        session.token_ids, session.messages = list(state.token_ids), list(state.messages)
+        session._answer_start, session._turn_open = state.answer_start, state.turn_open
+        return session
+
+    def state(self) -> SessionState:
+        """What this conversation is besides its keys, values and indexes."""
+        return SessionState(
+            system=self.system,
+            messages=tuple(self.messages),
+            token_ids=tuple(self.token_ids),
+            cached_ids=tuple(self._cached),
+            answer_start=self._answer_start,
+            turn_open=self._turn_open,
+        )
 
     def ask(self, text: str, *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
         """Answer a user's turn, after everything said before; options as in `LLM.generate`."""
@@ -170,9 +221,8 @@ class Session:
 
     def save(self, directory: str | Path) -> None:
         """Write the conversation with its keys, values and indexes to a new folder; see `LLM.restore`."""
-        from retrieval_attn.saving.session_files import save_session
-
-        save_session(self, Path(directory))
+        self._mend()
+        save_session(Path(directory), self.state(), self.cache, self.llm.model)
 
     def _begin(self, ids: list[int], on_progress: OnProgress | None, sampling: dict[str, Any]) -> Request:
         """Check what is asked, drop what the cache holds beyond the common prefix, and make the request."""

@@ -40,13 +40,9 @@ FILES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports while it runs, also within functions; not what is for type checking alone."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
+    """Every module that a file imports, also within functions, and for type checking alone."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -78,7 +74,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         wider = {module: seen.union(*(reach.get(other, set()) for other in seen)) for module, seen in reach.items()}
         if wider == reach:
             return sorted(
-                {tuple(sorted(m for m in seen if module in reach[m])) for module, seen in reach.items()} - {()}
+                {tuple(sorted(m for m in seen if module in reach.get(m, set()))) for module, seen in reach.items()}
+                - {()}
             )
         reach = wider
 

@@ -17,7 +17,7 @@ from retrieval_attn.attention.pattern_files import load_patterns
 from retrieval_attn.attention.prefill import PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
-from retrieval_attn.hf.served import _model_type, refuse_unserved
+from retrieval_attn.hf.served import model_type, refuse_unserved
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.threads import budget, jobs
 from retrieval_attn.threads.jobs import Job, Worker
@@ -68,7 +68,7 @@ class RetrievalCache(DynamicCache):
         self.config = config
         if not self.retrieval_layers:
             raise ValueError(
-                f"{_model_type(model_config)!r} has no full-attention layer, so there is nothing to retrieve"
+                f"{model_type(model_config)!r} has no full-attention layer, so there is nothing to retrieve"
             )
         require_safe_threads()
         self.spoiled = False

@@ -13,10 +13,9 @@ from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.attention.prefill import PrefillPolicy, prefill
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.far_index import Submit
-from retrieval_attn.hf.versions import (
-    query_length,
-)
+from retrieval_attn.hf.versions import query_length
 from retrieval_attn.kernels import AttentionState
+from retrieval_attn.kv.host_store import Extent
 
 
 class RetrievalLayer(DynamicLayer):
@@ -49,6 +48,13 @@ class RetrievalLayer(DynamicLayer):
         for memory in self.memories:
             memory.far_index.submit = self.submit
         self.is_initialized = True
+
+    def adopt(
+        self, keys: Extent, values: Extent, n_tokens: int, state: dict[str, Tensor], device: torch.device
+    ) -> None:
+        """Become a layer of one sequence whose tokens a file holds; called on an empty, initialised layer."""
+        self.memories[0].adopt(keys, values, n_tokens, state, device)
+        self._seen = n_tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns the new keys and values, the keys with a handle on this layer; they are stored by `attend`."""

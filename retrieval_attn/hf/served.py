@@ -5,7 +5,7 @@ from typing import Any
 
 def refuse_unserved(model_config: Any) -> None:
     """Raise ValueError, with the model's name and the reason, if its attention cannot be served."""
-    name = _model_type(model_config)
+    name = model_type(model_config)
     if getattr(model_config, "is_encoder_decoder", False):
         raise ValueError(f"{name!r} is an encoder-decoder; only decoder-only causal language models are served")
     text = model_config.get_text_config(decoder=True)
@@ -32,5 +32,6 @@ _ENCODERS |= {"roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm
 _NO_ATTENTION = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
 
 
-def _model_type(model_config: Any) -> str:
+def model_type(model_config: Any) -> str:
+    """The name by which transformers knows the kind of model, for messages."""
     return str(getattr(model_config, "model_type", type(model_config).__name__))

@@ -3,63 +3,66 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.saving.checksums import MANIFEST
-
-if TYPE_CHECKING:
-    from retrieval_attn.llm import LLM
-    from retrieval_attn.session import Session
+from retrieval_attn.saving.session_state import SessionState
 
 # Options that decide what is stored.
 _STORED = ("index", "n_sink", "n_local", "exact_below", "kv_dtype")
 
 
-def describe(session: "Session") -> dict[str, Any]:
-    """All that is to be known of a session besides its keys, values and indexes, as plain data."""
+def describe(state: SessionState, config: RetrievalConfig, model: Any) -> dict[str, Any]:
+    """All that is to be known of a session besides its keys, values and indexes, as plain data for JSON.
+
+    config: of its cache. model: transformers' own.
+    """
     return {
         "versions": {name: version(name) for name in ("retrieval-attn", "transformers", "torch")},
-        "model": fingerprint(session.llm),
-        "config": asdict(session.llm.config),
-        "system": session.system,
-        "messages": session.messages,
-        "answer_start": session._answer_start,
-        "turn_open": session._turn_open,
-        "token_ids": session.token_ids,
-        # Not always the first of token_ids: a turn may have been interrupted in its prefill.
-        "cached_ids": session._cached,
+        "model": fingerprint(model),
+        "config": asdict(config),
+        **asdict(state),
     }
 
 
-def check_description(said: dict[str, Any], directory: Path, llm: "LLM") -> None:
-    """Raise ValueError, with the reason, if this is not what `describe` says of a session that `llm` can continue."""
+def state_of(said: dict[str, Any]) -> SessionState:
+    """The state that a manifest tells, once it has passed `check_description`."""
+    told = {field.name: said[field.name] for field in fields(SessionState)}
+    return SessionState(**{name: tuple(x) if isinstance(x, list) else x for name, x in told.items()})
+
+
+def check_description(said: dict[str, Any], directory: Path, config: RetrievalConfig, model: Any) -> None:
+    """Raise ValueError, with the reason, if this is not what `describe` says of a session that a model can continue.
+
+    config: of the cache that it would be continued in. model: transformers' own.
+    """
     path = directory / MANIFEST
     for name, (what, fits) in _FIELDS.items():
         if name not in said:
             raise ValueError(f"{path} is damaged: {name} is missing")
         if not fits(said[name]):
             raise ValueError(f"{path} is damaged: {name} must be {what}, got {brief(said[name])}")
-    if said["model"] != fingerprint(llm):
+    if said["model"] != fingerprint(model):
         raise ValueError(f"{directory} was saved with another model; load that one to restore it")
-    _check_config(directory, said["config"], llm.config)
-    _check_ids(path, said, llm.model.get_input_embeddings().num_embeddings)
+    _check_config(directory, said["config"], config)
+    _check_ids(path, said, model.get_input_embeddings().num_embeddings)
 
 
-def fingerprint(llm: "LLM") -> str:
-    """What a cache depends on: the model's configuration and its weights, sampled."""
-    config = llm.model.config.to_diff_dict()
+def fingerprint(model: Any) -> str:
+    """A digest of what a cache depends on: the configuration of a transformers model, and its weights, sampled."""
+    config = model.config.to_diff_dict()
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(llm.model.named_parameters()):
+    for name, weight in sorted(model.named_parameters()):
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64]
         digest.update(name.encode())
         digest.update(sample.float().cpu().numpy().tobytes())
-    digest.update(str(llm.model.dtype).encode())
+    digest.update(str(model.dtype).encode())
     return digest.hexdigest()
 
 

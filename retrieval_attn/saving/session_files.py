@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from torch import Tensor
 from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.far.far_index import n_covered
 from retrieval_attn.far.index_build import needs_tail
+from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.hf.layer import RetrievalLayer
 from retrieval_attn.index import Index, load_index
 from retrieval_attn.kv.address_space import OpenFile
@@ -28,11 +29,8 @@ from retrieval_attn.kv.host_store import Extent
 from retrieval_attn.kv.window import split
 from retrieval_attn.saving.atomic_folder import put_back, write_folder
 from retrieval_attn.saving.checksums import MANIFEST, check_files, is_sealed, read_manifest, write_manifest
-from retrieval_attn.saving.manifest import check_description, describe
-
-if TYPE_CHECKING:
-    from retrieval_attn.llm import LLM
-    from retrieval_attn.session import Session
+from retrieval_attn.saving.manifest import check_description, describe, state_of
+from retrieval_attn.saving.session_state import SessionState
 
 FORMAT = 2
 
@@ -51,8 +49,10 @@ class _Part:
     index: Index | None = None
 
 
-def save_session(session: "Session", directory: Path) -> None:
+def save_session(directory: Path, state: SessionState, cache: RetrievalCache, model: Any) -> None:
     """Write a session to a folder, in the place of an older session if there is one.
+
+    cache: holds the keys of the state's `cached_ids`. model: transformers' own, by which the session is known again.
 
     Raises FileExistsError if something else is there, ValueError for a model whose layers hold other state than keys
     and values, OSError with the reason (disk full, permission denied) if the folder cannot be written. The older
@@ -61,20 +61,19 @@ def save_session(session: "Session", directory: Path) -> None:
     target = _real(directory)
     if os.path.lexists(target) and not is_sealed(target):
         raise FileExistsError(f"{directory} exists and is not a saved session; choose another name")
-    session._mend()
-    parts = [_part(i, layer) for i, layer in enumerate(session.cache.layers)] if session._cached else []
+    parts = [_part(i, layer) for i, layer in enumerate(cache.layers)] if state.cached_ids else []
 
     def fill(folder: Path) -> None:
         for i, part in enumerate(parts):
             _write_part(part, folder, i)
-        write_manifest(folder, FORMAT, describe(session))
+        write_manifest(folder, FORMAT, describe(state, cache.config, model))
 
     # How large the files of the indexes will be is not known before they are written.
     write_folder(target, fill, at_least=sum(tensor.nbytes for part in parts for tensor in part.tensors.values()))
 
 
-def restore_session(llm: "LLM", directory: Path) -> "Session":
-    """Read a session back; the reverse of `save_session`.
+def restore_session(directory: Path, cache: RetrievalCache, model: Any) -> SessionState:
+    """Read a session back into an empty cache; the reverse of `save_session`.
 
     Raises FileNotFoundError if there is none; ValueError, naming the file and the reason, for anything unfit: another
     model, options or format, a byte that is not what was written; OSError if a file cannot be read; MemoryError if the
@@ -82,17 +81,15 @@ def restore_session(llm: "LLM", directory: Path) -> "Session":
     """
     put_back(_real(directory))
     manifest = read_manifest(directory, FORMAT)
-    check_description(manifest, directory, llm)
-    session = llm.session(manifest["system"])
-    session.token_ids, session.messages = manifest["token_ids"], manifest["messages"]
-    session._answer_start, session._turn_open = manifest["answer_start"], manifest["turn_open"]
-    session._cached = manifest["cached_ids"]
-    _check_names(directory / MANIFEST, manifest["files"], session)
+    check_description(manifest, directory, cache.config, model)
+    state = state_of(manifest)
+    n_tokens = len(state.cached_ids)
+    _check_names(directory / MANIFEST, manifest["files"], cache, n_tokens)
     check_files(directory, manifest["files"])
-    for i, layer in enumerate(session.cache.layers if session._cached else ()):
+    for i, layer in enumerate(cache.layers if n_tokens else ()):
         with _nothing_strange(directory / _tensors_name(i)):
-            _read_layer(layer, directory, i, len(session._cached), llm.model.device)
-    return session
+            _read_layer(layer, directory, i, n_tokens, model.device)
+    return state
 
 
 def _real(directory: Path) -> Path:
@@ -127,12 +124,11 @@ def _write_part(part: _Part, folder: Path, i: int) -> None:
         part.index.save(folder / _index_name(i), with_keys=False)
 
 
-def _check_names(path: Path, files: dict[str, Any], session: "Session") -> None:
+def _check_names(path: Path, files: dict[str, Any], cache: RetrievalCache, n_tokens: int) -> None:
     """The manifest must list the files that will be read, and no others."""
-    config, n_tokens = session.llm.config, len(session._cached)
-    n_indexed = n_covered(split(n_tokens, config.n_sink, config.n_local).n_far)
+    n_indexed = n_covered(split(n_tokens, cache.config.n_sink, cache.config.n_local).n_far)
     expected: set[str] = set()
-    for i, layer in enumerate(session.cache.layers if n_tokens else ()):
+    for i, layer in enumerate(cache.layers if n_tokens else ()):
         expected.add(_tensors_name(i))
         if n_indexed and isinstance(layer, RetrievalLayer):
             expected.add(_index_name(i))
@@ -174,8 +170,7 @@ def _read_layer(layer: Any, folder: Path, i: int, n_tokens: int, device: torch.d
         *(torch.empty((1, shape[0], 0, shape[2]), dtype=dtype, device=device) for shape in shapes)
     )
     memory: LayerMemory = layer.memories[0]
-    memory.adopt(*_extents(path, memory, n_tokens), n_tokens, tensors, device)
-    layer._seen = memory.length
+    layer.adopt(*_extents(path, memory, n_tokens), n_tokens, tensors, device)
     n_indexed = n_covered(memory.split.n_far)
     if n_indexed:
         index = load_index(folder / _index_name(i), keys=memory.far_keys()[:, :n_indexed])
