@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from retrieval_attn.attention.decode import StepClock
 from retrieval_attn.attention.layer_memory import LayerMemory
-from retrieval_attn.attention.prefill import EXACT_TAIL, PrefillPolicy
+from retrieval_attn.attention.prefill_policy import EXACT_TAIL, PrefillCounts
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.plan.terms import ModelShape, stored_kv
@@ -268,7 +268,7 @@ def summarise(
         stats.keys_per_head = sum(clock.used for clock in clocks) / steps
         stats.recovered_mass = sum(clock.recovered for clock in clocks) / steps
     _summarise_checks(stats, clocks)
-    _summarise_prefill(stats, [layer.policy for layer in cache.retrieval_layers])
+    _summarise_prefill(stats, [layer.prefilled for layer in cache.retrieval_layers])
     stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
     stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories)
     stats.device_kv_bytes = sum(memory.window.nbytes + memory.device_prefix.nbytes for memory in memories)
@@ -281,11 +281,11 @@ def summarise(
         stats.peak_device_bytes = torch.cuda.max_memory_allocated(device)
 
 
-def _summarise_prefill(stats: GenerationStats, policies: Sequence[PrefillPolicy]) -> None:
-    read = [policy.n_read for policy in policies if policy.n_read is not None]
-    if (visible := sum(policy.n_visible for policy in policies)) and len(read) == len(policies):
+def _summarise_prefill(stats: GenerationStats, layers: Sequence[PrefillCounts]) -> None:
+    read = [counts.n_read for counts in layers if counts.n_read is not None]
+    if (visible := sum(counts.n_visible for counts in layers)) and len(read) == len(layers):
         stats.prefill_read = sum(read) / visible
-    kinds = sum((policy.kinds for policy in policies), Counter())
+    kinds = sum((counts.kinds for counts in layers), Counter())
     stats.prefill_patterns = {kind: n / kinds.total() for kind, n in kinds.most_common()}
 
 

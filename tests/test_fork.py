@@ -268,7 +268,7 @@ def test_a_fork_and_a_restored_session_go_on_where_the_last_step_was(folders, tm
     session.ask("How many?", max_new_tokens=30)
     session.save(tmp_path / "saved")
     sides = [session.fork(), llm.restore(tmp_path / "saved"), session]
-    for name in ("reach", "rest", "next_rest", "steps"):
+    for name in ("reach", "rest", "steps"):
         wanted = [getattr(memory, name) for memory in session.cache.memories]
         assert [getattr(memory, name) for memory in sides[0].cache.memories] == wanted
     answers = [side.ask("And now, what of it?", max_new_tokens=40).token_ids for side in sides]

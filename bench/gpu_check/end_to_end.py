@@ -101,12 +101,12 @@ def _run(model: LlamaForCausalLM, method: str, ids: Tensor, device: str, row: Ro
     row |= {"tokens_per_s": ids.shape[1] / row["prefill_s"], "peak_device_bytes": memory.device or None}
     row["status"] = "ok"
     if isinstance(cache, retrieval_attn.RetrievalCache):
-        policies = [layer.policy for layer in cache.retrieval_layers]
-        visible = sum(policy.n_visible for policy in policies)
+        layers = [layer.prefilled for layer in cache.retrieval_layers]
+        visible = sum(counts.n_visible for counts in layers)
         # With sizes that are given nobody counts.
-        read = [policy.n_read for policy in policies if policy.n_read is not None]
-        row["read"] = sum(read) / visible if visible and len(read) == len(policies) else None
-        kinds = [kind for policy in policies for kind in policy.kinds.elements()]
+        read = [counts.n_read for counts in layers if counts.n_read is not None]
+        row["read"] = sum(read) / visible if visible and len(read) == len(layers) else None
+        kinds = [kind for counts in layers for kind in counts.kinds.elements()]
         row["patterns"] = {kind: kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
 
 

@@ -31,6 +31,35 @@ class MemoryShape(NamedTuple):
     n_sequences: int = 1
 
 
+# Chunks for which a layer that had no sparse head is not asked again, at most.
+LONGEST_REST = 8
+
+
+class Rest(NamedTuple):
+    """Chunks of the prompt for which no head is asked what it could leave out, and how many the next time.
+
+    Asking costs up to a fifth of dense attention, and a layer that has no use for it mostly stays so.
+    """
+
+    chunks: int = 0
+    next_chunks: int = 1
+
+    @property
+    def is_over(self) -> bool:
+        # Saved sessions may hold a number below 0.
+        return self.chunks <= 0
+
+    def shorter(self) -> "Rest":
+        """What is left after a chunk that nobody was asked about."""
+        return self._replace(chunks=self.chunks - 1)
+
+    def after(self, all_dense: bool) -> "Rest":
+        """The rest that follows a chunk whose heads were asked."""
+        if not all_dense:
+            return Rest(0, 1)
+        return Rest(self.next_chunks, min(LONGEST_REST, 2 * self.next_chunks))
+
+
 class LayerMemory:
     """Every token of one sequence in one layer, each either near or far, never both.
 
@@ -54,8 +83,7 @@ class LayerMemory:
         # What the last step found, where the next one begins, and how many keys it took; forgotten on crop.
         self.last_ids: Array | None = None
         self.reach: int | None = None
-        # Chunks of the prompt for which no head is asked what it could leave out, and how many the next time.
-        self.rest, self.next_rest = 0, 1
+        self.rest = Rest()
 
     @property
     def far_index(self) -> FarIndex:
@@ -154,7 +182,7 @@ class LayerMemory:
             return
         self.far_index.settle(self.far())
         self.forget_step()
-        self.rest, self.next_rest = 0, 1
+        self.rest = Rest()
         # First what can be brought up to date from the store, should this be interrupted; the store after it.
         after = split(min(length, self.length), self.config.n_sink, self.config.n_local)
         span = after.sink_stop, after.far_stop
@@ -184,13 +212,13 @@ class LayerMemory:
         twin.window = self.window.copy()
         twin._far_index = self.far_index.fork(self.far(), twin.far())
         twin._far_index.submit = self.far_index.submit
-        for name in ("steps", "last_ids", "reach", "rest", "next_rest"):
+        for name in ("steps", "last_ids", "reach", "rest"):
             setattr(twin, name, getattr(self, name))
         return twin
 
     def state(self) -> dict[str, Tensor]:
         """What `adopt` needs besides keys and values, as tensors."""
-        counts = torch.tensor([self.far_index.built_on, self.steps, self.rest, self.next_rest])
+        counts = torch.tensor([self.far_index.built_on, self.steps, *self.rest])
         return self.window.state() | self.sample.state() | self.store.scales() | {"memory_counts": counts}
 
     def adopt_index(self, index: Index, state: dict[str, Tensor]) -> None:
@@ -210,4 +238,5 @@ class LayerMemory:
         self.store.adopt(keys, values, n_tokens, state)
         self.window.restore(n_tokens, state, device)
         self.sample.restore(state)
-        _, self.steps, self.rest, self.next_rest = state["memory_counts"].tolist()
+        _, self.steps, *rest = state["memory_counts"].tolist()
+        self.rest = Rest(*rest)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from retrieval_attn.attention.decode import StepClock
 from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.pattern_files import load_patterns
-from retrieval_attn.attention.prefill import PrefillPolicy
+from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
 from retrieval_attn.hf.served import model_type, refuse_unserved
@@ -209,7 +209,7 @@ class RetrievalCache(DynamicCache):
         """Start the measurement of steps and of prefill anew."""
         for layer in self.retrieval_layers:
             layer.clock = StepClock()
-            layer.policy.reset()
+            layer.prefilled = PrefillCounts()
 
 
 def _with_one_thread(work: Callable[..., Any], *args: Any, **options: Any) -> Any:

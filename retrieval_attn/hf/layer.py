@@ -10,7 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 from retrieval_attn.attention.decode import StepClock, decode, decode_block
 from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
-from retrieval_attn.attention.prefill import PrefillPolicy, prefill
+from retrieval_attn.attention.prefill import prefill
+from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.far_index import Submit
 from retrieval_attn.hf.versions import query_length
@@ -27,6 +28,7 @@ class RetrievalLayer(DynamicLayer):
         super().__init__()
         self.config = config
         self.policy = policy or PrefillPolicy(config)
+        self.prefilled = PrefillCounts()
         self.n_layers = n_layers
         self.memories: list[LayerMemory] = []
         self.clock = StepClock()
@@ -96,7 +98,7 @@ class RetrievalLayer(DynamicLayer):
         single = query.shape[2] == 1
         if self.phase == "prefill" or (self.phase == "auto" and not single) or memory.length == 0:
             memory.forget_step()
-            return prefill(query, keys, values, memory, scale, self.policy)
+            return prefill(query, keys, values, memory, scale, self.policy, self.prefilled)
         if self.phase == "retrieve":
             memory.forget_step()
         if single:
@@ -188,7 +190,8 @@ class RetrievalLayer(DynamicLayer):
         twin = copy.copy(self)
         twin.config = config or self.config
         twin.memories = [memory.fork(config) for memory in self.memories]
-        twin.policy, twin.clock = PrefillPolicy(twin.config, self.policy.patterns), StepClock()
+        twin.policy = PrefillPolicy(twin.config, self.policy.patterns)
+        twin.prefilled, twin.clock = PrefillCounts(), StepClock()
         return twin
 
     def offload(self) -> None:

@@ -6,8 +6,11 @@ from peaky import peaky
 
 from retrieval_attn import RetrievalConfig
 from retrieval_attn.attention import prefill as module
-from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
-from retrieval_attn.attention.prefill import FEWEST_SPARSE, PrefillPolicy, prefill
+from retrieval_attn.attention import prefill_policy
+from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape, Rest
+from retrieval_attn.attention.prefill import prefill
+from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
+from retrieval_attn.config import FEWEST_SPARSE
 from retrieval_attn.kernels import HeadPattern, attend_dense, attend_patterns
 
 N, CHUNK = 3000, 1000
@@ -30,41 +33,41 @@ def assert_exact(out, exact):
 
 
 def run(config, inputs, policy=None, chunk=CHUNK):
-    """Prefill in chunks; returns what came out, the memory and the policy."""
+    """Prefill in chunks; returns what came out, the memory and the counts."""
     query, keys, values, scale = inputs
-    policy = policy or PrefillPolicy(config)
+    policy, counts = policy or PrefillPolicy(config), PrefillCounts()
     memory = LayerMemory(config, MemoryShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, 16))
     outs = []
     for start in range(0, query.shape[2], chunk):
         part = slice(start, start + chunk)
-        outs.append(prefill(query[:, :, part], keys[:, :, part], values[:, :, part], memory, scale, policy).out)
-    return torch.cat(outs, dim=2), memory, policy
+        outs.append(prefill(query[:, :, part], keys[:, :, part], values[:, :, part], memory, scale, policy, counts).out)
+    return torch.cat(outs, dim=2), memory, counts
 
 
 @pytest.mark.parametrize("tile", [100, 65536])
 def test_dense_is_dense_in_any_tiles(tile):
     inputs = local_heads(700)
-    out, memory, policy = run(RetrievalConfig(prefill_tile=tile), inputs, chunk=300)
+    out, memory, counts = run(RetrievalConfig(prefill_tile=tile), inputs, chunk=300)
     assert_exact(out, attend_dense(*inputs, causal=True).out)
     assert torch.equal(memory.store.keys(), inputs[1][0])
-    assert policy.n_read == policy.n_visible == 4 * 700 * 701 / 2
-    assert set(policy.kinds) == {"dense"}
+    assert counts.n_read == counts.n_visible == 4 * 700 * 701 / 2
+    assert set(counts.kinds) == {"dense"}
 
 
 def test_auto_leaves_out_what_does_not_matter_and_says_how_much():
     inputs = local_heads()
     exact = attend_dense(*inputs, causal=True).out
-    out, memory, policy = run(RetrievalConfig(prefill="auto", dense_below=1), inputs)
+    out, memory, counts = run(RetrievalConfig(prefill="auto", dense_below=1), inputs)
     assert not torch.equal(out, exact)
     assert (out - exact).norm() < 0.02 * exact.norm()
-    assert 0.5 < policy.n_read / policy.n_visible < 0.9
-    assert policy.kinds["dense"] >= 6
+    assert 0.5 < counts.n_read / counts.n_visible < 0.9
+    assert counts.kinds["dense"] >= 6
     assert torch.equal(memory.store.keys(), inputs[1][0])
     assert memory.sample.length == memory.window.length == N
 
 
 def test_auto_is_dense_where_it_would_not_pay(monkeypatch):
-    monkeypatch.setattr(module, "DENSE_BELOW", 2500)
+    monkeypatch.setattr(prefill_policy, "DENSE_BELOW", 2500)
     inputs = local_heads()
     exact = attend_dense(*inputs, causal=True).out
     out, *_ = run(RetrievalConfig(prefill="auto"), inputs)
@@ -83,21 +86,43 @@ def test_short_turns_are_exact():
     assert not torch.allclose(out, exact, atol=0.1)
 
 
-def test_a_rest_is_forgotten_with_the_tokens_that_led_to_it():
+def rested():
+    """A memory whose one head had no use for patterns, with what it asked and its policy."""
     query, keys, values, scale = peaky(G=1, R=1, T=600, S=600, D=8)
     config = RetrievalConfig(prefill="auto", dense_below=1)
-    _, memory, policy = run(config, (0.01 * query, keys, values, scale), chunk=600)
-    assert not policy.wants_sparse(query, memory)
+    _, memory, _ = run(config, (0.01 * query, keys, values, scale), chunk=600)
+    return memory, query, PrefillPolicy(config)
+
+
+def test_a_rest_is_forgotten_with_the_tokens_that_led_to_it():
+    memory, query, policy = rested()
+    assert not policy.decide(query, memory).sparse
     memory.crop(0)
-    assert policy.wants_sparse(query, memory)
+    assert policy.decide(query, memory).sparse
 
 
 def test_sequences_of_a_batch_do_not_rest_for_each_other():
-    query, keys, values, scale = peaky(G=1, R=1, T=600, S=600, D=8)
-    config = RetrievalConfig(prefill="auto", dense_below=1)
-    _, _, policy = run(config, (0.01 * query, keys, values, scale), chunk=600)
-    other = LayerMemory(config, MemoryShape(1, 8, 8, torch.float32, 16))
-    assert policy.wants_sparse(query, other)
+    memory, query, policy = rested()
+    other = LayerMemory(memory.config, MemoryShape(1, 8, 8, torch.float32, 16))
+    assert policy.decide(query, other).sparse
+
+
+def test_asking_changes_nothing():
+    """A question that counted the rest down while it was answered was answered otherwise the second time."""
+    memory, query, policy = rested()
+    plans = [policy.decide(query, memory) for _ in range(3)]
+    assert plans == plans[:1] * 3
+    assert plans[0].rests
+    assert memory.rest == (1, 2)
+
+
+@pytest.mark.parametrize("saved", [0, -3])
+def test_a_rest_that_was_saved_below_zero_is_over(saved):
+    assert Rest(saved, 2).is_over
+    assert Rest(saved, 2).after(all_dense=True) == (2, 4)
+    assert not Rest(1, 2).is_over
+    assert Rest(8, 8).after(all_dense=True) == (8, 8)
+    assert Rest(8, 8).after(all_dense=False) == (0, 1)
 
 
 def test_queries_of_another_dtype_than_keys_are_exact(caplog):
@@ -110,10 +135,8 @@ def test_queries_of_another_dtype_than_keys_are_exact(caplog):
 
 
 def test_nobody_counts_what_patterns_of_given_sizes_read():
-    _, _, policy = run(RetrievalConfig(prefill="a_shape"), local_heads())
-    assert policy.n_read is None
-    policy.reset()
-    assert policy.n_read == 0
+    _, _, counts = run(RetrievalConfig(prefill="a_shape"), local_heads())
+    assert counts.n_read is None
 
 
 def test_a_layer_without_use_for_sparse_attention_is_asked_ever_less_often(monkeypatch):
@@ -142,10 +165,10 @@ def test_heads_that_no_sparse_kernel_takes_are_dense_and_it_is_said_once(caplog)
 @pytest.mark.parametrize("kind", ["a_shape", "vertical_slash", "block_sparse"])
 def test_a_pattern_by_name_has_the_sizes_of_the_paper(kind):
     inputs = local_heads()
-    out, _, policy = run(RetrievalConfig(prefill=kind), inputs, chunk=N)
-    expected = attend_patterns(*inputs, [module.DEFAULT_SIZES[kind]] * 4).out
+    out, _, counts = run(RetrievalConfig(prefill=kind), inputs, chunk=N)
+    expected = attend_patterns(*inputs, [prefill_policy.DEFAULT_SIZES[kind]] * 4).out
     assert torch.equal(out, expected)
-    assert policy.kinds == {kind: 4}
+    assert counts.kinds == {kind: 4}
 
 
 def test_each_head_has_the_pattern_it_was_given():
