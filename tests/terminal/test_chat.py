@@ -337,7 +337,7 @@ def test_read_prefills_with_a_bar_that_ends_at_100_percent(screen, tmp_path):
 
 
 def test_a_long_text_is_announced_with_its_memory(screen, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "PLAN_TOKENS", 300)
+    monkeypatch.setattr("retrieval_attn.terminal.bar.PLAN_TOKENS", 300)
     (tmp_path / "long.txt").write_text("word " * 60)
     assert "memory for 301 tokens" in screen.say(f"/read {tmp_path}/long.txt")[1]
 

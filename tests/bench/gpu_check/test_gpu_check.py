@@ -356,9 +356,9 @@ EXACT = ("all streamed", "all streamed, one tile", "a third kept", "all kept", "
     ("wrong", "found"),
     [
         ({}, ()),
-        ({"prefill__earlier": without_first_tile}, (*EXACT, "sparse, a third kept")),
-        ({"prefill__whole_heads": values_moved}, ("sparse, a third kept",)),
-        ({"hf__decode_block": without_far_keys}, ("follow-up retrieves",)),
+        ({"attention__prefill__earlier": without_first_tile}, (*EXACT, "sparse, a third kept")),
+        ({"attention__prefill__whole_heads": values_moved}, ("sparse, a third kept",)),
+        ({"hf__layer__decode_block": without_far_keys}, ("follow-up retrieves",)),
     ],
 )
 def test_what_is_streamed_wrongly_is_found(wrong, found):
