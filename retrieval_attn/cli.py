@@ -308,7 +308,7 @@ def estimate(
 
     The device may be one that this machine lacks: --device cuda --device-memory 24g.
     """
-    from retrieval_attn.bench.latency.options import parse_contexts
+    from retrieval_attn.bench.shared.options import parse_contexts
 
     contexts = parse_contexts(context)
     with _waiting(Console(stderr=True), f"planning for {model or 'the embedded model'}"):

@@ -6,9 +6,10 @@ import typer
 
 from retrieval_attn.bench.quality import options as q
 from retrieval_attn.bench.quality.options import Settings, make_settings, parse_tasks
-from retrieval_attn.bench.quality.runner import Output, Report, exit_status, read_haystack, run
+from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
 from retrieval_attn.bench.ruler import command as ruler
 from retrieval_attn.bench.scbench import command as scbench
+from retrieval_attn.bench.shared.report import Report
 
 DEFAULT = (
     "full,folded,streaming,exact,ivf,hnsw,graph,scan,page,scan:estimator=topk,scan:estimator=lift,offloaded,"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import at_least
 from retrieval_attn.bench.ppl.command import LimitUnits, TextOption, as_text, run, title
 from retrieval_attn.bench.quality import options as q
 from retrieval_attn.bench.quality.options import Settings, make_settings
-from retrieval_attn.bench.quality.runner import Output, Report, exit_status, load_llm, parse_methods, read_haystack
-from retrieval_attn.bench.shared.report import Row, short, table
+from retrieval_attn.bench.quality.runner import Output, exit_status, load_llm, parse_methods, read_haystack
+from retrieval_attn.bench.shared.options import at_least
+from retrieval_attn.bench.shared.report import Report, Row, short, table
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.fidelity.held_out import Held
@@ -199,7 +199,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def plot_heads(report: Report, path: Path) -> None:
     """Heat-maps of heads by layers: a row of panels per measure, a column per method and context. Bright is good."""
-    from retrieval_attn.bench.quality.plot import figure_of
+    from retrieval_attn.bench.shared.pictures import figure_of
 
     rows = [row for row in report["results"] if row["status"] == "ok"]
     columns = list(dict.fromkeys((row["method"], row["context"]) for row in rows)) or [("", 0)]

@@ -19,7 +19,7 @@ import retrieval_attn
 from retrieval_attn.bench.gpu_check.cases import GIB, Case, Rates, config_of, why_skipped
 from retrieval_attn.bench.gpu_check.end_to_end import random_ids
 from retrieval_attn.bench.gpu_check.planned import Planned, allocatable, planned, weight_bytes
-from retrieval_attn.bench.kernels.rows import Failing
+from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.machine import PeakMemory, synchronize
 from retrieval_attn.bench.shared.report import Row, short
 from retrieval_attn.config import RetrievalConfig

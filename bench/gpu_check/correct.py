@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrieval_attn.bench.kernels.rows import Failing
+from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.kernels import AttentionState, SparseIndex, attend_near, attend_sparse, merge, reference
 from retrieval_attn.kernels.sparse.coverage import Coverage, Layout, list_coverage

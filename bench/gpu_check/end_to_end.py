@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import retrieval_attn
-from retrieval_attn.bench.kernels.rows import Failing
+from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.machine import PeakMemory, synchronize
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.config import RetrievalConfig

@@ -13,10 +13,11 @@ from retrieval_attn.bench.gpu_check import end_to_end as gpu_end_to_end
 from retrieval_attn.bench.gpu_check import streamed as gpu_streamed
 from retrieval_attn.bench.kernels.measure import Plan, measure_prompt
 from retrieval_attn.bench.kernels.options import PATTERNS, STEPS
-from retrieval_attn.bench.kernels.rows import Failing, Limits, blank_row, compare
+from retrieval_attn.bench.kernels.rows import Limits, blank_row, compare
 from retrieval_attn.bench.kernels.steps import measure_steps
 from retrieval_attn.bench.kernels.timing import peak_flops
 from retrieval_attn.bench.shared import machine
+from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, short
 from retrieval_attn.bench.vectors.prefill import Prompt, prefill_vectors
 from retrieval_attn.config import RetrievalConfig

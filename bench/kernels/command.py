@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.kernels.options import DEVICES, DTYPES, PATTERNS, STEPS, Options, make_options
-from retrieval_attn.bench.latency.options import SHAPES, choose
-from retrieval_attn.bench.shared import report as report_format
-from retrieval_attn.bench.shared.report import FORMATS, Row, short
+from retrieval_attn.bench.kernels.options import PATTERNS, STEPS, Options, make_options
+from retrieval_attn.bench.shared.machine import machine_note
+from retrieval_attn.bench.shared.options import DEVICES, LAYER_DTYPES, SHAPES, choose
+from retrieval_attn.bench.shared.pictures import check_plot
+from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Row, check_writable, short
 from retrieval_attn.config import RetrievalConfig
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def command(
     mass: Annotated[float, _option("Attention mass that the first two keep.", "--mass")] = RetrievalConfig.prefill_mass,
     chunk: Annotated[int, _option("Queries in a call of prefill.", "--chunk")] = 2048,
     repeat: Annotated[int, _option("Turns; kernels take turns in each.", "--repeat", "-r")] = 3,
-    dtype: Annotated[str, _option(f"{' or '.join(DTYPES)}.", "--dtype")] = "bfloat16",
+    dtype: Annotated[str, _option(f"{' or '.join(LAYER_DTYPES)}.", "--dtype")] = "bfloat16",
     device: Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")] = "auto",
     threads: Annotated[int | None, _option("CPU threads (default: all cores).", "--threads")] = None,
     seed: Annotated[int, _option("Seed of the vectors.", "--seed")] = 0,
@@ -48,9 +49,9 @@ def command(
     choose(form, FORMATS, "--output")
     options = make_options(context, patterns, steps, source, shape, mass, chunk, repeat, dtype, device, threads, seed)
     if plot is not None:
-        report_format.check_plot(plot)
+        check_plot(plot)
     if out is not None:
-        report_format.check_writable(out, "--out")
+        check_writable(out, "--out")
     report = run(options, shown=sys.stderr.isatty())
     _write(report, form, out, plot)
     if not any(row["status"] == "ok" for row in report["results"]):
@@ -64,8 +65,8 @@ def run(options: Options, shown: bool = False) -> dict[str, Any]:
     """
     import torch
 
-    from retrieval_attn.bench.kernels.measure import Limits, Plan
-    from retrieval_attn.bench.kernels.rows import compare
+    from retrieval_attn.bench.kernels.measure import Plan
+    from retrieval_attn.bench.kernels.rows import Limits, compare
     from retrieval_attn.bench.kernels.timing import peak_flops
     from retrieval_attn.bench.shared import machine
 
@@ -82,7 +83,7 @@ def run(options: Options, shown: bool = False) -> dict[str, Any]:
             status.finished(row)
     compare(rows)
     return {
-        "schema_version": report_format.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "env": env,
         "config": options.as_dict(),
         "results": rows,
@@ -95,8 +96,9 @@ def _rows(options: Options, plan: "Plan") -> Iterator[Row]:
     import torch
 
     from retrieval_attn.bench.kernels.measure import measure_prompt, require_room
-    from retrieval_attn.bench.kernels.rows import Failing, blank_row
+    from retrieval_attn.bench.kernels.rows import blank_row
     from retrieval_attn.bench.kernels.steps import measure_steps
+    from retrieval_attn.bench.shared.failures import Failing
     from retrieval_attn.bench.vectors.prefill import prefill_vectors
 
     dtype, done = getattr(torch, options.dtype), False
@@ -127,7 +129,6 @@ def _write(report: dict[str, Any], form: str, out: Path | None, plot: Path | Non
 def notes(options: Options, env: dict[str, Any]) -> list[str]:
     """The foot of the table: what was measured, on what."""
     from retrieval_attn.bench.kernels.steps import CALLS
-    from retrieval_attn.bench.latency.command import machine_note
 
     peak, copied = env["matmul_flops_per_s"], env["copy_bandwidth_bytes_per_s"]
     return [

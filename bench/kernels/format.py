@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from retrieval_attn.bench.kernels.rows import ROW_FIELDS
-from retrieval_attn.bench.shared.report import Row, as_csv, short, table
+from retrieval_attn.bench.shared.machine import device_note
+from retrieval_attn.bench.shared.pictures import figure_of, scale_contexts
+from retrieval_attn.bench.shared.report import Columns, Report, Row, as_csv, as_json, bullets, reasons, table
 
 # Markdown columns: heading, key of the row, how a number is written.
-_COLUMNS = [
+_COLUMNS: Columns = [
     ("length", "context", "{:,}"),
     ("kernel", "method", "{}"),
     ("status", "status", "{}"),
@@ -26,25 +28,20 @@ _COLUMNS = [
 ]
 
 
-def render(report: dict[str, Any], form: str) -> str:
+def render(report: Report, form: str) -> str:
     """The report as text that ends in a line break; form: one of FORMATS. "md" ends with a line of JSON, the rows."""
     if form == "json":
-        return json.dumps(report, indent=2, allow_nan=False) + "\n"
+        return as_json(report)
     rows = report["results"]
     if form == "csv":
         return as_csv(rows, ROW_FIELDS)
-    reasons = [f"{short(row['context'])} {row['method']}: {row['reason']}" for row in rows if row["reason"]]
-    notes = "\n".join(f"- {note}" for note in [*report["notes"], *reasons])
+    notes = bullets([*report["notes"], *reasons(rows)])
     return f"{_title(report)}\n\n{table(_COLUMNS, rows)}\n\n{notes}\n\n{json.dumps(rows, allow_nan=False)}\n"
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
+def plot(report: Report, path: Path) -> None:
     """Speed beside sdpa against length, and below it the error; a line per method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(7.5, 7.5)
     speed, error = figure.subplots(2, 1, sharex=True)
     rows = [row for row in report["results"] if row["status"] == "ok" and row["part"] == "prefill"]
     for axes, key in ((speed, "speedup_vs_sdpa"), (error, "rel_error")):
@@ -53,12 +50,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     speed.set_ylabel("times as fast as sdpa, chunk by chunk")
     error.set_ylabel("relative error of the output")
     error.set_xlabel("prompt (tokens)")
-    lengths = sorted({row["context"] for row in rows})
-    if lengths:
-        error.set_xscale("log", base=2)
-        error.set_xticks(lengths, [short(n) for n in lengths])
-        if len(lengths) > 1:
-            error.minorticks_off()
+    scale_contexts(error, (row["context"] for row in rows))
+    if rows:
         speed.legend(frameon=False)
     speed.set_title(_title(report), fontsize=10)
     figure.savefig(path, dpi=150)
@@ -73,8 +66,8 @@ def _draw(axes: Any, rows: list[Row], key: str) -> None:
         axes.set_yscale("log")
 
 
-def _title(report: dict[str, Any]) -> str:
+def _title(report: Report) -> str:
     env, config = report["env"], report["config"]
-    device = env["gpu"] if config["device"].startswith("cuda") else f"{env['cpu']}, {env['threads']} threads"
     shape = config["shape"] if not config["source"].startswith("real") else "embedded model"
-    return f"Prefill of one attention layer: {shape}, {config['source']}, {config['dtype']}, {device}"
+    where = device_note(env, config["device"])
+    return f"Prefill of one attention layer: {shape}, {config['source']}, {config['dtype']}, {where}"

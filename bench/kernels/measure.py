@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from retrieval_attn.bench.kernels.methods import Chunk, Result, Run, density_of, methods
-from retrieval_attn.bench.kernels.rows import SQUARE, Failing, Limits, blank_row, set_check, set_shares, set_times
+from retrieval_attn.bench.kernels.rows import SQUARE, Limits, blank_row, set_check, set_shares, set_times
 from retrieval_attn.bench.kernels.timing import seconds
 from retrieval_attn.bench.kernels.truth import Truth, Verdict, judge, truth_of
+from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.machine import require_memory
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.bench.vectors.prefill import Prompt

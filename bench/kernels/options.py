@@ -3,11 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from retrieval_attn.bench.latency.options import (
+from retrieval_attn.bench.shared.options import (
     DEVICES,
-    DTYPES,
+    LAYER_DTYPES,
     LayerShape,
     at_least,
+    at_least_if_given,
     choose,
     parse_contexts,
     parse_names,
@@ -70,9 +71,9 @@ def make_options(
         mass=mass,
         chunk=at_least(chunk, 1, "--chunk"),
         repeat=at_least(repeat, 1, "--repeat"),
-        dtype=choose(dtype, DTYPES, "--dtype"),
+        dtype=choose(dtype, LAYER_DTYPES, "--dtype"),
         device=choose(device, DEVICES, "--device"),
-        threads=None if threads is None else at_least(threads, 1, "--threads"),
+        threads=at_least_if_given(threads, 1, "--threads"),
         seed=at_least(seed, 0, "--seed"),
     )
 

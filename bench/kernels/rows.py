@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrieval_attn.bench.latency.layer import FAILURES, status_of
 from retrieval_attn.bench.shared.report import Row
 
 # The whole prompt in one call, a method apart.
@@ -32,23 +31,6 @@ def blank_row(context: int, method: str, part: str = "prefill") -> Row:
     """A row with every field, unmeasured. part: "prefill" or "decode"."""
     known = {"context": context, "method": method, "part": part, "status": "failed", "samples": {}}
     return {**dict.fromkeys(ROW_FIELDS), **known}
-
-
-class Failing:
-    """Inside, what goes wrong becomes the row's reason."""
-
-    def __init__(self, row: Row) -> None:
-        self._row = row
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, FAILURES):
-            return False
-        self._row["status"] = status_of(error)
-        self._row["reason"] = str(error).strip().split("\n")[0] or type(error).__name__
-        return True
 
 
 def set_times(row: Row, times: list[float]) -> None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from retrieval_attn.bench.kernels.measure import Plan
-from retrieval_attn.bench.kernels.rows import Failing, blank_row, set_check, set_shares, set_times
+from retrieval_attn.bench.kernels.rows import blank_row, set_check, set_shares, set_times
 from retrieval_attn.bench.kernels.timing import seconds
 from retrieval_attn.bench.kernels.truth import TOLERANCE
-from retrieval_attn.bench.latency.layer import relative
 from retrieval_attn.bench.methods import rivals
+from retrieval_attn.bench.shared.exact import relative
+from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.bench.vectors.prefill import Prompt
 from retrieval_attn.kernels import AttentionState, attend_near, merge, reference

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import DEVICES, DTYPES, RIVALS, SHAPES, Options, choose, make_options
-from retrieval_attn.bench.shared import report as report_format
-from retrieval_attn.bench.shared.report import FORMATS, Row, short
+from retrieval_attn.bench.latency import format as latency_format
+from retrieval_attn.bench.latency.options import RIVALS, Options, make_options
+from retrieval_attn.bench.shared.machine import machine_note
+from retrieval_attn.bench.shared.options import DEVICES, LAYER_DTYPES, SHAPES, choose
+from retrieval_attn.bench.shared.pictures import check_plot
+from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Row, check_writable, short
 from retrieval_attn.config import ESTIMATORS, INDEX_KINDS
 
 
@@ -28,7 +31,7 @@ def command(
     layers: Annotated[int | None, _option("Attention layers [default: those of --shape].", "--layers")] = None,
     shape: Annotated[str, _option(f"{', '.join(SHAPES)}, embedded (whole model), or H,G,D.", "--shape")] = "llama3-8b",
     model: Annotated[str | None, _option("Measure this whole model: a folder or hub id.", "--model", "-m")] = None,
-    dtype: Annotated[str, _option(f"{' or '.join(DTYPES)}.", "--dtype")] = "bfloat16",
+    dtype: Annotated[str, _option(f"{' or '.join(LAYER_DTYPES)}.", "--dtype")] = "bfloat16",
     top_k: Annotated[int, _option("Keys retrieved per query head.", "--top-k")] = 100,
     estimator: Annotated[str, _option(f"{', '.join(ESTIMATORS)}.", "--estimator")] = "tail",
     threads: Annotated[int | None, _option("CPU threads [default: all cores].", "--threads")] = None,
@@ -64,15 +67,15 @@ def command(
         check,
     )
     if plot is not None:
-        report_format.check_plot(plot)
+        check_plot(plot)
     if out is not None:
-        report_format.check_writable(out, "--out")
+        check_writable(out, "--out")
     report = run(options, progress=sys.stderr.isatty())
-    sys.stdout.write(report_format.render(report, form))
+    sys.stdout.write(latency_format.render(report, form))
     if out is not None:
-        out.write_text(report_format.render(report, "json"))
+        out.write_text(latency_format.render(report, "json"))
     if plot is not None:
-        report_format.plot(report, plot)
+        latency_format.plot(report, plot)
     if not any(row["status"] == "ok" for row in report["results"]):
         raise typer.Exit(1)
 
@@ -102,7 +105,7 @@ def run(options: Options, progress: bool = False) -> dict[str, Any]:
             limit = env["device_copy_bandwidth_bytes_per_s"] if on_device else bandwidth
             row["bandwidth_share"] = row["gb_per_s"] * 1e9 / limit
     return {
-        "schema_version": report_format.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "env": env,
         "config": options.as_dict(),
         "results": rows,
@@ -178,19 +181,6 @@ def _notes(options: Options, env: dict[str, Any], rows: list[Row]) -> list[str]:
         + (f"; {env['gpu']}, driver {env['gpu_driver']}" if env["gpu"] else ""),
     ]
     return notes + (_model_notes(options) if options.mode == "model" else _layer_notes(options, env, rows))
-
-
-def machine_note(env: dict[str, Any]) -> str:
-    """The machine, the versions and the commit, from what `machine.describe` said; one line."""
-    git = env["git"]
-    commit = (git["commit"] or "no commit")[:12] + (", changed files" if git["dirty"] else "")
-    versions = ", ".join(f"{name} {v}" for name, v in env["packages"].items() if v)
-    load = env["load_average"]
-    return (
-        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads (waiting: "
-        f"{env['omp_wait_policy'] or 'default'}; {', '.join(env['isa'])}); {versions}; "
-        f"{commit}; {env['date']}" + (f"; load average {load:.1f} at the start" if load is not None else "")
-    )
 
 
 def _model_notes(options: Options) -> list[str]:

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from retrieval_attn.attention.decode import StepClock, decode
 from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
-from retrieval_attn.bench.latency.options import RIVALS, LayerShape, Options
+from retrieval_attn.bench.latency.format import blank_row
+from retrieval_attn.bench.latency.options import RIVALS, Options
 from retrieval_attn.bench.methods import rivals
+from retrieval_attn.bench.shared.exact import exact_attention, relative
+from retrieval_attn.bench.shared.failures import FAILURES, fail
 from retrieval_attn.bench.shared.machine import PeakMemory, cache_bytes, require_memory, synchronize
-from retrieval_attn.bench.shared.report import Row, blank_row
+from retrieval_attn.bench.shared.options import LayerShape
+from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.bench.vectors.sources import Vectors, shaped
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.index_choice import bytes_per_key
@@ -28,8 +32,6 @@ PARTS = ("near", "search", "gather", "merge", "rest", "total")
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
 CHECKED_STEPS = 4
-
-FAILURES = (MemoryError, RuntimeError, ValueError)
 
 Step = dict[str, float]
 
@@ -195,7 +197,7 @@ def measure_context(options: Options, context: int, advance: Callable[[str], Non
             layers, tensors = _fill(options, context, advance)
         except FAILURES as error:
             for row in rows.values():
-                _fail(row, error)
+                fail(row, error)
             yield from rows.values()
             return
         methods, peaks = _make_methods(options, layers, tensors, rows, advance)
@@ -209,28 +211,10 @@ def measure_context(options: Options, context: int, advance: Callable[[str], Non
             if options.check:
                 _check(row, method, layers[0].queries[:, :, -CHECKED_STEPS:], options)
         except FAILURES as error:
-            _fail(row, error)
+            fail(row, error)
         row["peak_rss_bytes"] = max(setup.rss, peaks[method.name].rss)
         row["peak_device_bytes"] = peaks[method.name].device or None
     yield from rows.values()
-
-
-def exact_attention(query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """The definition, in float32 on the CPU: query (1, H, 1, D), keys (G, S, D), chosen (H, S) bool; gives (H, Dv)."""
-    H, G = query.shape[1], len(keys)
-    wide = query[0, :, 0].float().cpu().view(G, H // G, -1)
-    out = []
-    for g in range(G):
-        scores = wide[g] @ keys[g].float().T * query.shape[-1] ** -0.5
-        if chosen is not None:
-            scores = scores.masked_fill(~chosen.view(G, H // G, -1)[g], -torch.inf)
-        out.append(scores.softmax(-1) @ values[g].float())
-    return torch.cat(out)
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """Relative L2 error."""
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def _n_steps(options: Options) -> int:
@@ -330,7 +314,7 @@ def _make_methods(
                     Rival(name, options, tensors) if name in rivals.FUNCTIONS else Retrieving(name, options, layers)
                 )
         except FAILURES as error:
-            _fail(rows[name], error)
+            fail(rows[name], error)
     return methods, peaks
 
 
@@ -354,7 +338,7 @@ def _run(
                 with torch.no_grad(), peaks[name]:
                     run = [_step(method, n, layers, sweep) for n in _range(options.gen, turn)]
             except FAILURES as error:
-                _fail(rows[name], error)
+                fail(rows[name], error)
                 continue
             if turn >= options.warmup:
                 steps[name] += run
@@ -407,13 +391,3 @@ def _check(row: Row, method: Method, queries: Tensor, options: Options) -> None:
             f"the output is {found['computation']:.1e} (relative L2) away from attention over the keys it selected; "
             f"at most {allowed:.0e} is allowed for {options.dtype}"
         )
-
-
-def _fail(row: Row, error: BaseException) -> None:
-    row["status"], row["reason"] = status_of(error), str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def status_of(error: BaseException) -> str:
-    """ "oom" for want of memory on either side, else "failed"."""
-    wanting = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return "oom" if wanting else "failed"

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import retrieval_attn
-from retrieval_attn.bench.latency.layer import FAILURES, status_of
+from retrieval_attn.bench.latency.format import blank_row
 from retrieval_attn.bench.latency.options import Options
 from retrieval_attn.bench.methods import rivals
 from retrieval_attn.bench.shared.facts import prose
+from retrieval_attn.bench.shared.failures import FAILURES, fail
 from retrieval_attn.bench.shared.machine import PeakMemory, require_memory, synchronize
-from retrieval_attn.bench.shared.report import Row, blank_row
+from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import Request, Sampling
 from retrieval_attn.llm import EMBEDDED, LLM
@@ -163,8 +164,7 @@ def _measure_context(
                 if turn >= 0:
                     runs[name].append(run)
             except FAILURES as error:
-                rows[name]["status"] = status_of(error)
-                rows[name]["reason"] = str(error).strip().split("\n")[0] or type(error).__name__
+                fail(rows[name], error)
     for name, row in rows.items():
         if runs[name] and not row["reason"]:
             _summarise(row, runs[name], peaks[name])

@@ -13,8 +13,8 @@ import typer
 
 from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.bench.demo import make_questions
-from retrieval_attn.bench.latency.options import DEVICES, at_least, choose, parse_contexts
 from retrieval_attn.bench.shared import machine
+from retrieval_attn.bench.shared.options import DEVICES, at_least, choose, parse_contexts
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, check_writable, table
 from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
 from retrieval_attn.generate import Request, Sampling

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import DEVICES, at_least, choose, parse_contexts
+from retrieval_attn.bench.shared.options import DEVICES, at_least, choose, parse_contexts
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, check_writable, short, table
 from retrieval_attn.config import INDEX_KINDS
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrieval_attn.bench.latency.options import at_least
 from retrieval_attn.bench.quality import options as q
 from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings
-from retrieval_attn.bench.quality.runner import Output, Report, exit_status, read_haystack, run
+from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
+from retrieval_attn.bench.shared.options import at_least
+from retrieval_attn.bench.shared.report import Report
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.quality.examples import Prompts

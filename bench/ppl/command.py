@@ -1,6 +1,5 @@
 """`retrieval-attn bench ppl`: how well each method foretells a long text, and how far from full attention it is."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import at_least
 from retrieval_attn.bench.quality import options as q
 from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings
 from retrieval_attn.bench.quality.runner import (
     Output,
-    Report,
     as_report,
     bar,
     exit_status,
@@ -23,7 +20,9 @@ from retrieval_attn.bench.quality.runner import (
     read_haystack,
     say,
 )
-from retrieval_attn.bench.shared.report import as_csv, short, table
+from retrieval_attn.bench.shared.machine import machine_note
+from retrieval_attn.bench.shared.options import at_least
+from retrieval_attn.bench.shared.report import Report, as_csv, as_json, bullets, reasons, short, table
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.methods.named import Bench, Method
@@ -160,20 +159,16 @@ def as_text(report: Report, form: str, scores_only: bool, fields: tuple[str, ...
     if form == "json":
         kept = {key: value for key, value in report.items() if not (scores_only and key == "env")}
         kept["results"] = [{key: row[key] for key in fields} for row in report["results"]]
-        return json.dumps(kept, indent=1, allow_nan=False) + "\n"
-    reasons = dict.fromkeys(f"{short(row['context'])} {row['method']}: {row['reason']}"
-                            for row in report["results"] if row["reason"])  # fmt: skip
-    notes = [*report["notes"], *reasons]
+        return as_json(kept, indent=1)
+    notes = [*report["notes"], *reasons(report["results"])]
     if not scores_only:
-        from retrieval_attn.bench.latency.command import machine_note
-
         notes.insert(0, machine_note(report["env"]))
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
+    return "\n\n".join([*parts, bullets(notes)]) + "\n"
 
 
 def plot_lines(report: Report, path: Path) -> None:
     """Perplexity against context, a line per method."""
-    from retrieval_attn.bench.quality.plot import figure_of
+    from retrieval_attn.bench.shared.pictures import figure_of
 
     figure = figure_of(7.5, 4.6)
     axes = figure.add_subplot()

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval_attn.bench.latency.layer import status_of
 from retrieval_attn.bench.methods.named import Bench, Method, OurTalk, Read, StockTalk
-from retrieval_attn.bench.quality.run import FAILURES
 from retrieval_attn.bench.shared.facts import prose
+from retrieval_attn.bench.shared.failures import FAILURES, fail
 from retrieval_attn.bench.shared.report import Row, short
 from retrieval_attn.generate import Progress
 from retrieval_attn.llm import LLM
@@ -119,8 +118,7 @@ def _rows(task: Task, context: int, method: Method, unread: Exception | None) ->
             raise unread
         return task.rows(method)
     except FAILURES as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return [{**row, "status": status_of(error), "reason": reason} for row in task.blank(context, method.label)]
+        return [fail(row, error) for row in task.blank(context, method.label)]
 
 
 class Foretelling:

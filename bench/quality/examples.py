@@ -1,6 +1,6 @@
 """What a quality benchmark asks of a model: a context, turns about it, and the token ids that they become.
 
-Generators make `Example`s, `Prompts` turns them into ids, runners collect answers, and bench/quality/scoring.py judges them.
+Generators make `Example`s, `Prompts` turns them into ids, runners collect answers, and scoring.py judges them.
 """
 
 from collections.abc import Callable, Sequence

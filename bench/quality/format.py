@@ -1,17 +1,15 @@
 """Reports of the quality benchmarks as Markdown, JSON or CSV: scores first, then what they cost."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, median
 from typing import Any
 
-from retrieval_attn.bench.latency.command import machine_note
-from retrieval_attn.bench.report.scores import score
-from retrieval_attn.bench.shared.report import Row, as_csv, short, table
+from retrieval_attn.bench.quality.rows import ROW_FIELDS, SCORE_FIELDS
+from retrieval_attn.bench.quality.scores import score
+from retrieval_attn.bench.shared.machine import machine_note
+from retrieval_attn.bench.shared.report import Columns, Report, Row, as_csv, as_json, bullets, short, table
 
-Report = dict[str, Any]
-
-_COSTS = [
+_COSTS: Columns = [
     ("method", "method", "{}"),
     ("context", "context", "{}"),
     ("mode", "mode", "{}"),
@@ -35,8 +33,6 @@ def render(report: Report, form: str, scores_only: bool = False) -> str:
 
     scores_only: without anything that differs from run to run.
     """
-    from retrieval_attn.bench.quality.run import ROW_FIELDS, SCORE_FIELDS
-
     fields = SCORE_FIELDS if scores_only else ROW_FIELDS
     if form == "csv":
         rows = _repeatable(report["results"], scores_only)
@@ -44,7 +40,7 @@ def render(report: Report, form: str, scores_only: bool = False) -> str:
     if form == "json":
         kept = {key: value for key, value in report.items() if not (scores_only and key == "env")}
         kept["results"] = [{key: row[key] for key in fields} for row in _repeatable(report["results"], scores_only)]
-        return json.dumps(kept, indent=1, allow_nan=False) + "\n"
+        return as_json(kept, indent=1)
     return _as_markdown(report, scores_only)
 
 
@@ -63,7 +59,7 @@ def _as_markdown(report: Report, scores_only: bool) -> str:
     if not scores_only:
         notes.insert(0, machine_note(report["env"]))
     if notes:
-        parts.append("\n".join(f"- {note}" for note in notes))
+        parts.append(bullets(notes))
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,9 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import DEVICES, at_least, choose, parse_contexts
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from retrieval_attn.bench.shared.options import DEVICES, DTYPES, at_least, at_least_if_given, choose, parse_contexts
 
 FOLLOWUPS = ("exact", "retrieve")
 
@@ -88,12 +86,12 @@ def make_settings(
         contexts=parse_contexts(context),
         methods=names,
         samples=at_least(samples, 1, "--samples"),
-        limit=None if limit is None else at_least(limit, 1, "--limit"),
+        limit=at_least_if_given(limit, 1, "--limit"),
         text=None if text is None else str(text),
         top_k=at_least(top_k, 1, "--top-k"),
         followup=choose(followup, FOLLOWUPS, "--followup"),
         seed=at_least(seed, 0, "--seed"),
-        threads=None if threads is None else at_least(threads, 1, "--threads"),
+        threads=at_least_if_given(threads, 1, "--threads"),
         device=choose(device, DEVICES, "--device"),
         dtype=choose(dtype, DTYPES, "--dtype"),
         options=options,

@@ -6,24 +6,14 @@ from statistics import mean
 from typing import Any
 
 from retrieval_attn.bench.quality.format import cost_lines
-from retrieval_attn.bench.shared.report import Row, short
-
-Report = dict[str, Any]
+from retrieval_attn.bench.shared.pictures import figure_of
+from retrieval_attn.bench.shared.report import Report, Row, short
 
 # From wrong to right, told apart by people who see few colours, and in print.
 COLOURS = "cividis"
 
 # Methods that lie on each other are told apart by these.
 MARKERS = "osD^v<>PX*hp8"
-
-
-def figure_of(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

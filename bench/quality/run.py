@@ -8,28 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retrieval_attn.bench.latency.layer import status_of
 from retrieval_attn.bench.methods.named import Answer, Bench, Method, Read, Talk
 from retrieval_attn.bench.quality.examples import Example, Prompts
+from retrieval_attn.bench.quality.rows import ROW_FIELDS
 from retrieval_attn.bench.quality.scoring import score
+from retrieval_attn.bench.shared.failures import FAILURES, fail
 from retrieval_attn.bench.shared.machine import PeakMemory
 from retrieval_attn.bench.shared.report import Row, short
 
 MULTI_TURN, MULTI_REQUEST = MODES = ("multi-turn", "multi-request")
-
-# What a method may lack, or the machine for it; anything else is a bug, and ends the run.
-FAILURES = (ImportError, MemoryError, RuntimeError, ValueError)
-
-# Fields that a second run repeats to the byte, and those that it measures anew.
-SCORE_FIELDS = (
-    "task", "context", "example", "method", "mode", "turn", "part", "depth", "prompt_tokens", "answer", "refs", "score",
-    "status", "reason",
-)  # fmt: skip
-COST_FIELDS = (
-    "ttft_ms", "read_ms", "build_ms", "tpot_ms", "visited_pct", "kv_bytes", "device_kv_bytes", "index_bytes",
-    "rss_bytes", "peak_device_bytes",
-)  # fmt: skip
-ROW_FIELDS = SCORE_FIELDS + COST_FIELDS
 
 
 @dataclass(frozen=True)
@@ -194,8 +181,7 @@ def blank_row(one: Planned, label: str) -> Row:
 def failed(one: Planned, label: str, error: Exception, turn: int | None = None) -> Row:
     """The row of a method that could not go through with an example, with its reason. turn: the one it failed at; None
     if at all of them."""
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return {**blank_row(one, label), "turn": turn, "status": status_of(error), "reason": reason}
+    return fail({**blank_row(one, label), "turn": turn}, error)
 
 
 def _costs(said: Answer, talk: Talk, peak: PeakMemory) -> Row:

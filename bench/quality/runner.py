@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from retrieval_attn.bench.latency.options import choose
 from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.shared import report as report_format
-from retrieval_attn.bench.shared.report import FORMATS, Row
-
-Report = dict[str, Any]
+from retrieval_attn.bench.shared.options import choose
+from retrieval_attn.bench.shared.pictures import check_plot
+from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Report, Row, check_writable
 
 # A report as text: the report, its form, and whether scores are all that is wanted.
 Render = Callable[[Report, str, bool], str]
@@ -31,9 +29,9 @@ class Output:
         if resume and out is None:
             raise ValueError("--resume goes on with what lies beside --out; say which file that was")
         if plot is not None:
-            report_format.check_plot(plot)
+            check_plot(plot)
         if out is not None:
-            report_format.check_writable(out, "--out")
+            check_writable(out, "--out")
         self.kept = None if out is None else Kept(out, config, resume)
 
     def write(self, report: Report, plot: Callable[[Report, Path], None], render: Render | None = None) -> None:
@@ -94,7 +92,7 @@ def parse_methods(settings: Settings) -> list[Any]:
 def as_report(settings: Settings, env: dict[str, Any], rows: list[Row]) -> Report:
     """Plain data, see `run`."""
     return {
-        "schema_version": report_format.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "bench": settings.bench,
         "env": env,
         "config": settings.as_dict(),

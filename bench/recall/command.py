@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import DTYPES, SHAPES, choose
 from retrieval_attn.bench.recall.options import RIVALS, Options, make_options
+from retrieval_attn.bench.shared.machine import machine_note
+from retrieval_attn.bench.shared.options import LAYER_DTYPES, SHAPES, choose
+from retrieval_attn.bench.shared.pictures import require_matplotlib
 from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Row, check_writable, short
 
 
@@ -42,7 +44,7 @@ def command(
     top_k: Annotated[int, _option("Keys retrieved per query head.", "--top-k")] = 100,
     queries: Annotated[int, _option("Held-out queries per head.", "--queries")] = 64,
     shape: Annotated[str, _option(f"{', '.join(SHAPES)} or H,G,D; a real layer has its own.", "--shape")] = "llama3-8b",
-    dtype: Annotated[str, _option(f"{' or '.join(DTYPES)}.", "--dtype")] = "bfloat16",
+    dtype: Annotated[str, _option(f"{' or '.join(LAYER_DTYPES)}.", "--dtype")] = "bfloat16",
     seed: Annotated[str, _option("Seeds of vectors, texts and indexes, such as 0,1,2.", "--seed")] = "0",
     threads: Annotated[int | None, _option("CPU threads (default: all cores).", "--threads")] = None,
     model: Annotated[
@@ -114,8 +116,6 @@ def run(options: Options, shown: bool = False) -> dict[str, Any]:
 
 def _check_files(out: Path | None, plot: Path | None) -> None:
     """Raise now what would be a pity after a long run."""
-    import importlib.util
-
     if out is not None:
         if out.suffix.lower()[1:] not in FORMATS:
             raise ValueError(f"--out must end in .json, .md or .csv, got {str(out)!r}")
@@ -123,8 +123,7 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
     if plot is not None:
         if not plot.is_dir():
             raise ValueError(f"--plot must be a folder that exists, got {str(plot)!r}")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("--plot needs matplotlib; pip install 'retrieval-attn[plot]'")
+        require_matplotlib()
 
 
 def _write(report: dict[str, Any], form: str, out: Path | None, plot: Path | None) -> None:
@@ -154,10 +153,10 @@ def _use_threads(threads: int | None) -> int:
 
 def _rows(options: Options, properties: dict[str, dict[str, float]], status: "_Status") -> Iterator[Row]:
     """Every row; the properties of each source are added as it comes up."""
-    from retrieval_attn.bench.latency.layer import FAILURES
     from retrieval_attn.bench.recall.format import blank_row
-    from retrieval_attn.bench.recall.measure import fail, measure_layer
+    from retrieval_attn.bench.recall.measure import measure_layer
     from retrieval_attn.bench.recall.sources import Sources
+    from retrieval_attn.bench.shared.failures import FAILURES, fail
 
     blank = functools.partial(blank_row, options.top_k)
     sources = Sources(options, status.doing)
@@ -218,7 +217,6 @@ def _numbers(row: Row) -> str:
 
 def _notes(options: Options, env: dict[str, Any], interrupted: bool) -> list[str]:
     """The foot of the table: what was measured, on what."""
-    from retrieval_attn.bench.latency.command import machine_note
     from retrieval_attn.bench.recall.ladders import RULE
 
     swept = 2 * env["last_level_cache_bytes"] / 2**20

@@ -1,26 +1,27 @@
 """A report of `bench recall` as a Markdown table, JSON, CSV, and a picture per source."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from retrieval_attn.bench.recall.curves import at_error, at_recall, curves, growth
 from retrieval_attn.bench.recall.estimators import ESTIMATORS
-from retrieval_attn.bench.shared.report import Row, as_csv, short, table
+from retrieval_attn.bench.shared.machine import device_note
+from retrieval_attn.bench.shared.pictures import figure_of
+from retrieval_attn.bench.shared.report import Columns, Report, Row, as_csv, as_json, bullets, short, table
 from retrieval_attn.bench.vectors.sources import properties_table
 
 RECALL, ERROR = 0.95, 0.02
 
 _STYLES: dict[str, Any] = dict(zip(ESTIMATORS, ("-", "--", ":", (0, (5, 1, 1, 1)), (0, (1, 1))), strict=True))
 
-_WHICH = [
+_WHICH: Columns = [
     ("source", "source", "{}"),
     ("keys", "context", "{:,}"),
     ("seed", "seed", "{}"),
     ("method", "method", "{}"),
     ("effort", "effort", "{:,}"),
 ]
-_SEARCH = [
+_SEARCH: Columns = [
     *_WHICH,
     ("status", "status", "{}"),
     ("recall", "recall", "{:.3f}"),
@@ -35,7 +36,7 @@ _SEARCH = [
     ("index MiB", "index_bytes", "MiB"),
     ("% of KV", "index_pct", "{:.1f}"),
 ]
-_ATTENTION = [
+_ATTENTION: Columns = [
     *_WHICH,
     *((f"error {name}", f"err_{name}", "{:.4f}") for name in ESTIMATORS),
     *((f"step us {name}", f"step_{name}_us", "{:,.0f}") for name in ESTIMATORS),
@@ -50,20 +51,20 @@ ROW_FIELDS = (
     "build_s", "lift_build_s", "index_bytes", "index_pct", "tail_build_s", "tail_bytes",
 )  # fmt: skip
 
-_AT_RECALL = [
+_AT_RECALL: Columns = [
     *_WHICH[:4],
     ("search us", "search_us", "{:,.0f}"),
     ("visited %", "visited_pct", "{:.2f}"),
     ("MiB read", "bytes_read", "MiB"),
     ("at most", "bound", "{}"),
 ]
-_AT_ERROR = [
+_AT_ERROR: Columns = [
     *_WHICH[:4],
     ("step us", "step_us", "{:,.0f}"),
     ("estimator", "estimator", "{}"),
     ("at most", "bound", "{}"),
 ]
-_GROWTH = [
+_GROWTH: Columns = [
     ("source", "source", "{}"),
     ("seed", "seed", "{}"),
     ("method", "method", "{}"),
@@ -85,35 +86,32 @@ def summary(rows: list[Row], estimators: tuple[str, ...]) -> dict[str, Any]:
     return {"at_recall": equal_recall, "at_error": equal_error, "growth": growth(equal_recall)}
 
 
-def render(report: dict[str, Any], form: str) -> str:
+def render(report: Report, form: str) -> str:
     """The report as text that ends in a line break; form: "md", "json" or "csv"."""
     if form == "json":
-        return json.dumps(report, indent=2, allow_nan=False) + "\n"
+        return as_json(report)
     if form == "csv":
         return as_csv(report["results"], ROW_FIELDS)
     return _as_markdown(report)
 
 
-def plot(report: dict[str, Any], folder: Path) -> list[Path]:
+def plot(report: Report, folder: Path) -> list[Path]:
     """A picture per source, context and seed: output error against time, recall against visited keys."""
     rows = [row for row in report["results"] if row["status"] == "ok"]
     pictures = []
     for source, context, seed in dict.fromkeys((row["source"], row["context"], row["seed"]) for row in rows):
         part = [row for row in rows if (row["source"], row["context"], row["seed"]) == (source, context, seed)]
         path = folder / f"recall-{source.replace(':', '')}-{short(context)}-seed{seed}.png"
-        _draw(part, f"{source}, {context:,} keys, seed {seed}: {_where(report)}", path)
+        _draw(part, f"{source}, {context:,} keys, seed {seed}: {device_note(report['env'], 'cpu')}", path)
         pictures.append(path)
     return pictures
 
 
 def _draw(rows: list[Row], title: str, path: Path) -> None:
     """Colours are methods, line styles are estimators; efforts along a line in their order."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(12.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(12.5, 4.8)
     errors, recalls = figure.subplots(1, 2)
     lines = {method: line for (*_, method), line in curves(rows).items()}
     colours = {method: f"C{i}" for i, method in enumerate(lines)}
@@ -138,14 +136,9 @@ def _draw(rows: list[Row], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _where(report: dict[str, Any]) -> str:
-    env = report["env"]
-    return f"{env['cpu']}, {env['threads']} threads"
-
-
-def _as_markdown(report: dict[str, Any]) -> str:
+def _as_markdown(report: Report) -> str:
     rows, found = report["results"], report["summary"]
-    parts = [f"Retrieval per layer and step: {_where(report)}", table(_SEARCH, rows)]
+    parts = [f"Retrieval per layer and step: {device_note(report['env'], 'cpu')}", table(_SEARCH, rows)]
     attended = [row for row in rows if any(row[f"err_{name}"] is not None for name in ESTIMATORS)]
     at_recall = [row for row in found["at_recall"] if row["search_us"] is not None]
     at_error = [row for row in found["at_error"] if row["step_us"] is not None]
@@ -164,7 +157,7 @@ def _as_markdown(report: dict[str, Any]) -> str:
         for row in rows
         if row["reason"]
     ]
-    parts.append("\n".join(f"- {note}" for note in [*report["notes"], *reasons]))
+    parts.append(bullets([*report["notes"], *reasons]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from retrieval_attn.bench.latency.layer import FAILURES, status_of
 from retrieval_attn.bench.methods import rivals
 from retrieval_attn.bench.methods.faiss_rivals import RIVALS as FAISS
 from retrieval_attn.bench.methods.faiss_rivals import build_rival
@@ -15,6 +14,7 @@ from retrieval_attn.bench.recall.estimators import ESTIMATORS, Estimator
 from retrieval_attn.bench.recall.ladders import bytes_read, ladder
 from retrieval_attn.bench.recall.options import Options
 from retrieval_attn.bench.recall.truth import Truth, check_hits
+from retrieval_attn.bench.shared.failures import FAILURES, fail
 from retrieval_attn.bench.shared.machine import cache_bytes
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.bench.vectors.sources import Vectors
@@ -87,12 +87,6 @@ def measure_layer(options: Options, layer: Layer, blank: Callable[..., Row], say
             except FAILURES as error:
                 fail(row, error)
             yield row
-
-
-def fail(row: Row, error: BaseException) -> Row:
-    """The row, with the reason why there are no numbers in it."""
-    row["status"], row["reason"] = status_of(error), str(error).strip().split("\n")[0] or type(error).__name__
-    return row
 
 
 class Caches:

@@ -5,7 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from retrieval_attn.bench.latency.options import DTYPES, LayerShape, at_least, choose, parse_contexts, parse_shape
+from retrieval_attn.bench.shared.options import (
+    LAYER_DTYPES,
+    LayerShape,
+    at_least,
+    at_least_if_given,
+    choose,
+    parse_contexts,
+    parse_shape,
+)
 
 # Attention over all keys beside those that search: stock sdpa with the head group folded, and faiss.
 RIVALS = ("folded", "hnsw", "faiss-ivf")
@@ -71,8 +79,8 @@ def make_options(
         top_k=at_least(top_k, 1, "--top-k"),
         queries=at_least(queries, 1, "--queries"),
         shape=layer_shape,
-        dtype=choose(dtype, DTYPES, "--dtype"),
-        threads=None if threads is None else at_least(threads, 1, "--threads"),
+        dtype=choose(dtype, LAYER_DTYPES, "--dtype"),
+        threads=at_least_if_given(threads, 1, "--threads"),
         model=model,
         text=text,
         capture=capture,

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from retrieval_attn.bench.quality.scores import grouped
 from retrieval_attn.bench.recall.curves import curves
 from retrieval_attn.bench.recall.format import RECALL
 from retrieval_attn.bench.report.plots_maps import fidelity_map, needle_map
 from retrieval_attn.bench.report.plots_scores import by_task, by_turn, frontier, peaks
 from retrieval_attn.bench.report.read import Report
-from retrieval_attn.bench.report.scores import grouped
 from retrieval_attn.bench.report.svg import Plot, context_axis, draw, legend, log_axis, panel_size, panels, styles
 from retrieval_attn.bench.shared.report import Row, short
 

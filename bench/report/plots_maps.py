@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retrieval_attn.bench.quality.scores import grouped
 from retrieval_attn.bench.report.read import Report
-from retrieval_attn.bench.report.scores import grouped
 from retrieval_attn.bench.report.svg import Plot, draw, panel_size, panels
 from retrieval_attn.bench.shared.report import Row, short
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from retrieval_attn.bench.memory.command import PHASES
+from retrieval_attn.bench.quality.scores import Line, costs, grouped, methods, score_lines
 from retrieval_attn.bench.report.read import Report
-from retrieval_attn.bench.report.scores import Line, costs, grouped, methods, score_lines
 from retrieval_attn.bench.report.svg import SERIES, Plot, draw, legend, log_axis, panel_size, panels, styles
 from retrieval_attn.bench.shared.report import Row, short
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from retrieval_attn.bench.latency.options import RIVALS
+from retrieval_attn.bench.quality.scores import Line, ends, methods, score_lines
 from retrieval_attn.bench.recall.curves import CURVE, at_recall, curves
 from retrieval_attn.bench.recall.format import RECALL
 from retrieval_attn.bench.report.read import ANSWERS, Found, Report
-from retrieval_attn.bench.report.scores import Line, ends, methods, score_lines
 from retrieval_attn.bench.shared.report import Row, short, table
 
 LATENCY_FILE = "latency-llama3-8b-layer-2core.json"

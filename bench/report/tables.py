@@ -6,12 +6,12 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from retrieval_attn.bench.memory.command import peak_lines
+from retrieval_attn.bench.quality.scores import costs, grouped, methods, score_lines
 from retrieval_attn.bench.recall.curves import at_recall
 from retrieval_attn.bench.recall.format import RECALL
 from retrieval_attn.bench.report import columns
 from retrieval_attn.bench.report.columns import Columns
 from retrieval_attn.bench.report.read import ANSWERS, Report
-from retrieval_attn.bench.report.scores import costs, grouped, methods, score_lines
 from retrieval_attn.bench.shared.report import Row
 
 # Of an answer, more says nothing that the score does not.

@@ -8,7 +8,8 @@ import typer
 
 from retrieval_attn.bench.quality import options as q
 from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings, parse_tasks
-from retrieval_attn.bench.quality.runner import Output, Report, exit_status, read_haystack, run
+from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
+from retrieval_attn.bench.shared.report import Report
 
 
 def command(

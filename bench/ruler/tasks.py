@@ -1,7 +1,7 @@
 """RULER's synthetic tasks (arXiv 2404.06654): constructions, templates, budgets as published, so that scores compare.
 
 The eight needle tasks, variable tracking, common words and frequent words need no download; question answering takes
-SQuAD or HotpotQA from a local file (bench/ruler/questions.py). What differs: words come from our own lists, and essays are
+SQuAD or HotpotQA from a local file (questions.py). What differs: words come from our own lists, and essays are
 generated prose or a text that the user names, because Paul Graham's essays are not bundled.
 """
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import parse_names
 from retrieval_attn.bench.quality import options as q
 from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings, parse_tasks
-from retrieval_attn.bench.quality.runner import Output, Report, exit_status, read_haystack, run
+from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
+from retrieval_attn.bench.shared.options import parse_names
+from retrieval_attn.bench.shared.report import Report
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.quality.examples import Example, Prompts

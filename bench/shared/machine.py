@@ -48,6 +48,24 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
+def machine_note(env: dict[str, Any]) -> str:
+    """The machine, the versions and the commit, from what `machine.describe` said; one line."""
+    git = env["git"]
+    commit = (git["commit"] or "no commit")[:12] + (", changed files" if git["dirty"] else "")
+    versions = ", ".join(f"{name} {v}" for name, v in env["packages"].items() if v)
+    load = env["load_average"]
+    return (
+        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads (waiting: "
+        f"{env['omp_wait_policy'] or 'default'}; {', '.join(env['isa'])}); {versions}; "
+        f"{commit}; {env['date']}" + (f"; load average {load:.1f} at the start" if load is not None else "")
+    )
+
+
+def device_note(env: dict[str, Any], device: str) -> str:
+    """The device that was measured, in a few words."""
+    return env["gpu"] if device.startswith("cuda") else f"{env['cpu']}, {env['threads']} threads"
+
+
 def git_state() -> dict[str, Any]:
     """The commit this code is from, and whether files were changed since; nulls outside a repository."""
     commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.latency.options import parse_contexts
 from retrieval_attn.bench.quality import options as q
+from retrieval_attn.bench.shared.options import parse_contexts
 from retrieval_attn.bench.shared.report import short
 
 # What a command that Ctrl-C ended leaves behind.

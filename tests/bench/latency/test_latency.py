@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 
 import retrieval_attn.bench.latency.layer as latency_layer
 from retrieval_attn.bench.latency import command as latency
-from retrieval_attn.bench.latency.options import make_options, parse_contexts, parse_names, parse_shape
+from retrieval_attn.bench.latency import format as latency_format
+from retrieval_attn.bench.latency.format import ROW_FIELDS
+from retrieval_attn.bench.latency.options import make_options
 from retrieval_attn.bench.methods import rivals
-from retrieval_attn.bench.shared import report as report_format
-from retrieval_attn.bench.shared.report import ROW_FIELDS
+from retrieval_attn.bench.shared.options import parse_contexts, parse_names, parse_shape
+from retrieval_attn.bench.shared.pictures import check_plot
+from retrieval_attn.bench.shared.report import SCHEMA_VERSION, short
 
 
 def options(**changes):
@@ -187,26 +190,26 @@ def test_a_context_too_large_is_rows():
 def test_without_check_the_table_says_so():
     report = latency.run(options(check=False))
     assert {row["check"] for row in report["results"]} == {None}
-    assert "do not quote these numbers" in report_format.render(report, "md")
+    assert "do not quote these numbers" in latency_format.render(report, "md")
 
 
 def test_json_holds_everything(report):
-    read = json.loads(report_format.render(report, "json"))
-    assert read["schema_version"] == report_format.SCHEMA_VERSION
+    read = json.loads(latency_format.render(report, "json"))
+    assert read["schema_version"] == SCHEMA_VERSION
     assert set(read) == {"schema_version", "env", "config", "results", "notes"}
     assert {"git", "packages", "cpu", "cores", "isa", "ram_bytes", "gpu", "date", "threads"} <= set(read["env"])
     assert (read["config"]["H"], read["config"]["mode"], read["config"]["seed"]) == (4, "layer", 0)
 
 
 def test_csv_is_the_rows(report):
-    rows = list(csv.DictReader(io.StringIO(report_format.render(report, "csv"))))
+    rows = list(csv.DictReader(io.StringIO(latency_format.render(report, "csv"))))
     assert [row["method"] for row in rows] == [row["method"] for row in report["results"]]
     assert float(rows[0]["total_ms"]) == report["results"][0]["total_ms"]
     assert tuple(rows[0]) == ROW_FIELDS
 
 
 def test_markdown_is_a_table(report):
-    text = report_format.render(report, "md")
+    text = latency_format.render(report, "md")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(report["results"])
     assert len({line.count("|") for line in lines}) == 1
@@ -217,28 +220,28 @@ def test_markdown_is_a_table(report):
 def test_plot(report, tmp_path):
     pytest.importorskip("matplotlib")
     for name, begins in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml")):
-        report_format.plot(report, tmp_path / name)
+        latency_format.plot(report, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(begins)
 
 
 def test_plot_without_a_good_row(report, tmp_path):
     pytest.importorskip("matplotlib")
-    bad = {**report, "results": [report_format.blank_row(8, "full")]}
-    report_format.plot(bad, tmp_path / "a.png")
+    bad = {**report, "results": [latency_format.blank_row(8, "full")]}
+    latency_format.plot(bad, tmp_path / "a.png")
 
 
 def test_plot_is_refused_before_the_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--plot must end in .png or .svg"):
-        report_format.check_plot(tmp_path / "a.pdf")
+        check_plot(tmp_path / "a.pdf")
     with pytest.raises(ValueError, match=r"--plot must lie in a folder that exists"):
-        report_format.check_plot(tmp_path / "no" / "a.png")
+        check_plot(tmp_path / "no" / "a.png")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'retrieval-attn\[plot\]'"):
-        report_format.check_plot(tmp_path / "a.png")
+        check_plot(tmp_path / "a.png")
 
 
 def test_short():
-    assert [report_format.short(n) for n in (8192, 1 << 20, 5000, 131072)] == ["8k", "1m", "5000", "128k"]
+    assert [short(n) for n in (8192, 1 << 20, 5000, 131072)] == ["8k", "1m", "5000", "128k"]
 
 
 @pytest.mark.parametrize("form", ["md", "json", "csv"])
@@ -276,7 +279,7 @@ def test_a_whole_model(tmp_path):
         assert (rows[9216, method]["status"], rows[9216, method]["total_ms"]) == ("failed", None)
         assert "longer than the model's 8192" in rows[9216, method]["reason"]
     assert rows[1000, "exact"]["visited_pct"] == pytest.approx(100)
-    assert "logit error" in report_format.render(report, "md")
+    assert "logit error" in latency_format.render(report, "md")
     assert report["config"]["mode"] == "model"
 
 

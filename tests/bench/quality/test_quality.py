@@ -12,7 +12,8 @@ from retrieval_attn.bench.quality import run as quality_run
 from retrieval_attn.bench.quality.examples import Example, Turn
 from retrieval_attn.bench.quality.format import cost_lines, render, score_table
 from retrieval_attn.bench.quality.options import parse_tasks
-from retrieval_attn.bench.quality.run import MODES, ROW_FIELDS, Kept, Planned, Runner, blank_row, collect, failed, whole
+from retrieval_attn.bench.quality.rows import ROW_FIELDS, SCORE_FIELDS
+from retrieval_attn.bench.quality.run import MODES, Kept, Planned, Runner, blank_row, collect, failed, whole
 from retrieval_attn.cli import main
 
 CONFIG = ra.RetrievalConfig(top_k=8, n_sink=4, n_local=16, followup="retrieve", exact_below=0)
@@ -45,7 +46,7 @@ def runner(llm, labels=("full", "scan"), **options):
 
 
 def scored(rows):
-    return [{key: row[key] for key in quality_run.SCORE_FIELDS} for row in rows]
+    return [{key: row[key] for key in SCORE_FIELDS} for row in rows]
 
 
 def test_a_row_per_answer_with_every_field(llm):

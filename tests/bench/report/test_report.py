@@ -9,11 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from retrieval_attn.bench.quality.scores import ends, score, score_lines
 from retrieval_attn.bench.report import command as report
 from retrieval_attn.bench.report import svg as report_svg
 from retrieval_attn.bench.report.read import KINDS, Report, read_folder, read_report
 from retrieval_attn.bench.report.readme import LATENCY_FILE, RECALL_FILE
-from retrieval_attn.bench.report.scores import ends, score, score_lines
 from retrieval_attn.bench.report.tables import LONGEST_TEXT, as_html, tables
 
 EVIL = "<script>alert(1)</script> & \"a\" $x_1$ | <!-- end -->"  # fmt: skip

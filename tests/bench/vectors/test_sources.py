@@ -1,4 +1,4 @@
-"""Benchmark vectors have the properties of real ones, and real ones are what the model used: see bench/vectors/sources.py."""
+"""Benchmark vectors have the properties of real ones, and real ones are what the model used."""
 
 import pytest
 import torch

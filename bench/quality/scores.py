@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from retrieval_attn.bench.report.columns import COSTS
+from retrieval_attn.bench.quality.rows import COST_FIELDS
 from retrieval_attn.bench.shared.report import Row
 
 _WORDS = {"oom": "out of memory"}
@@ -93,11 +93,10 @@ def methods(lines: Iterable[Line]) -> list[str]:
 def costs(rows: Iterable[Row]) -> list[Row]:
     """By context, mode and method: medians of times and shares, largest of bytes; None where nothing was measured."""
     found = []
-    keys = [key for _, key, _ in COSTS[3:]]
     good = [row for row in rows if row["status"] == "ok"]
     for (context, mode, method), group in grouped(good, lambda row: tuple(row[x] for x in _COST_OF)).items():
         line: Row = {"context": context, "mode": mode, "method": method}
-        for key in keys:
+        for key in COST_FIELDS:
             values = [row[key] for row in group if row[key] is not None]
             take: Callable[[list[float]], float] = max if key.endswith("bytes") else median
             line[key] = take(values) if values else None
