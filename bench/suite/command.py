@@ -117,7 +117,7 @@ def _was_asked(out: Path, asked: dict[str, Any]) -> bool:
 def _call(name: str, words: list[str]) -> int:
     """A benchmark's command in this process, as if its words were on the command line; its exit status."""
     app = typer.Typer(add_completion=False)
-    run: Callable[..., Any] = import_module(f"retrieval_attn.bench.{name}").command
+    run: Callable[..., Any] = import_module(f"retrieval_attn.bench.{name}.command").command
     app.command(name)(run)
     try:
         status = app(words, standalone_mode=False) or 0
