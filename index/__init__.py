@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_attn.compiled import announce_compilation
 from retrieval_attn.index import storage
 from retrieval_attn.index.exact import ExactIndex
 from retrieval_attn.index.graph.index import GraphIndex
@@ -105,12 +104,11 @@ def prepare(kind: str, dtype: Any) -> None:
     keys = np.zeros((1, n + 2, 16), dtype)
     keys[0, :, 0] = np.arange(n + 2) % 128
     q = np.ones((1, 16), np.float32)
-    with announce_compilation():
-        index = _kind(kind).build(Keys(keys[:, :n]), q[None], 0, Steps())
-        index.search(q, k=1)
-        index.search(q, k=1, effort=n)
-        index.append(keys[:, n:])
-        index.search(q, k=1)
+    index = _kind(kind).build(Keys(keys[:, :n]), q[None], 0, Steps())
+    index.search(q, k=1)
+    index.search(q, k=1, effort=n)
+    index.append(keys[:, n:])
+    index.search(q, k=1)
 
 
 def _kind(kind: str) -> Any:

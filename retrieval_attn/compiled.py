@@ -1,18 +1,22 @@
 """How CPU code is compiled: one `jit`, stored numbers read in place, and word when it takes a while.
 
 The two leaves `index/` and `kernels/` stand on this file, on arrays.py and on threads/pool.py, and on nothing else of
-the package.
+the package. Where compiled code is kept, code_cache.py says.
 """
 
 import logging
-import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import event
 from numba.extending import intrinsic, overload
+
+from retrieval_attn.code_cache import CodeCache, place
 
 log = logging.getLogger("retrieval_attn")
 
@@ -53,30 +57,57 @@ def _as_float(x):  # type: ignore[no-untyped-def]
 
 
 def jit(parallel: bool = False, **options: Any) -> Any:
-    """`numba.njit` as this project uses it: cached on disk, without the GIL, reductions free to vectorise."""
-    return numba.njit(parallel=parallel, cache=True, nogil=True, fastmath=FASTMATH, error_model="numpy", **options)
+    """`numba.njit` as this project uses it: kept on disk, without the GIL, reductions free to vectorise."""
+    compiled = numba.njit(parallel=parallel, nogil=True, fastmath=FASTMATH, error_model="numpy", **options)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = compiled(function)
+        # With NUMBA_DISABLE_JIT the function stays as it is.
+        if dispatcher is not function:
+            dispatcher._cache = CodeCache(function)
+        return dispatcher
+
+    return decorate
 
 
-class announce_compilation:
-    """Context manager that says once, after a second of waiting, that kernels are being compiled.
+class CompilationNotice(event.Listener):  # type: ignore[misc]
+    """Says once that kernels are being compiled, when that has taken `patience` seconds in all.
 
-    Compiled kernels are cached on disk, so on a second run the body returns at once and nothing is said.
+    Numba compiles in one thread at a time, and what a function calls within the compilation of the function.
     """
 
-    _said = False
+    def __init__(self, patience: float = 1.0) -> None:
+        self._patience = patience
+        self._taken = 0.0
+        self._since = 0.0
+        self._depth = 0
+        self._said = False
 
-    def __init__(self, say: Any = None) -> None:
-        self._say = say or log.warning
+    def on_start(self, event: Any) -> None:
+        if not _is_ours(event):
+            return
+        if self._depth == 0:
+            self._since = time.monotonic()
+        self._depth += 1
+        self._look()
 
-    def _announce(self) -> None:
-        if not announce_compilation._said:
-            announce_compilation._said = True
-            self._say("compiling CPU kernels (once per machine) ...")
+    def on_end(self, event: Any) -> None:
+        if not _is_ours(event):
+            return
+        self._look()
+        self._depth -= 1
+        if self._depth == 0:
+            self._taken += time.monotonic() - self._since
 
-    def __enter__(self) -> None:
-        self._timer = threading.Timer(1.0, self._announce)
-        self._timer.daemon = True
-        self._timer.start()
+    def _look(self) -> None:
+        if not self._said and self._taken + time.monotonic() - self._since >= self._patience:
+            self._said = True
+            log.warning("compiling CPU kernels (%s) ...", "once per machine" if place() else "in every process")
 
-    def __exit__(self, *exc: object) -> None:
-        self._timer.cancel()
+
+def _is_ours(event: Any) -> bool:
+    return isinstance(getattr(event.data["dispatcher"], "_cache", None), CodeCache)
+
+
+NOTICE = CompilationNotice()
+event.register("numba:compile", NOTICE)

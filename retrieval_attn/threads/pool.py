@@ -2,8 +2,10 @@
 
 import numba
 
+from retrieval_attn.compiled import jit
 
-@numba.njit(parallel=True, cache=True)
+
+@jit(parallel=True)
 def _touch_pool(n: int) -> int:
     total = 0
     for i in numba.prange(n):

@@ -1,0 +1,198 @@
+"""Where compiled code is kept: a file per function and signature, in a folder named by a digest of all sources.
+
+Numba's own cache looks at the file of a function and not at those of the functions that it calls, whose code is
+compiled into it: after an edit of a loop, all that call it ran as before. And it raises where no folder can be written.
+Here an edit of any compiled source begins a new folder, and whatever is wrong with the disk costs a compilation and a
+warning, never the call. There is no list of files that two processes could disagree about.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import pickle
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite
+import numba
+from numba.core import serialize
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+
+log = logging.getLogger("retrieval_attn")
+
+# What is compiled lies in these rooms, and constants that it takes from elsewhere do too.
+COMPILED = ("index", "kernels", "threads", "arrays", "compiled", "code_cache")
+
+# So many versions of the sources keep their code, those used last. A process of another compiles anew, no worse.
+VERSIONS_KEPT = 16
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def sources() -> list[Path]:
+    """The files that compiled code is made from."""
+    files: list[Path] = []
+    for room in COMPILED:
+        origin = Path(importlib.util.find_spec(f"retrieval_attn.{room}").origin)  # type: ignore[union-attr, arg-type]
+        files += sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+    return files
+
+
+def digest() -> str:
+    """Of what the sources say now, and of what compiles them."""
+    made_by = [numba.__version__, llvmlite.__version__, sys.implementation.cache_tag]
+    return _hash("".join([*made_by, *(_hash(file.read_bytes()) for file in sources())]).encode())
+
+
+# Of the sources as they are imported; taken early, because they may be edited while this process runs.
+DIGEST = digest()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+class Place(NamedTuple):
+    """A folder for compiled code of all versions. named: by the user, who may share it with others."""
+
+    base: Path
+    named: bool
+
+    def folder(self) -> Path:
+        """The folder of this version, made if it is not there. Raises OSError if it cannot be, or is not safe."""
+        self.base.mkdir(mode=0o777 if self.named else 0o700, parents=True, exist_ok=True)
+        if not self.named:
+            _require_own(self.base)
+        folder = self.base / DIGEST
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def enter(self) -> None:
+        """Note that this version is used; keep those used last. Raises OSError if nothing can be written."""
+        folder = self.folder()
+        tempfile.TemporaryFile(dir=folder).close()
+        os.utime(folder)
+        # Other processes do the same, so that what is listed may be gone.
+        with suppress(FileNotFoundError):
+            versions = sorted(self.base.iterdir(), key=lambda version: version.stat().st_mtime)
+            for version in versions[:-VERSIONS_KEPT]:
+                shutil.rmtree(version, ignore_errors=True)
+
+
+def _require_own(folder: Path) -> None:
+    """Code is run from there: nobody else may have made the folder, or be able to write to it."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not a folder that only this user can write to")
+
+
+def _candidates() -> Iterator[Place]:
+    if numba.config.CACHE_DIR:  # type: ignore[attr-defined]
+        yield Place(Path(numba.config.CACHE_DIR) / "retrieval-attn", named=True)  # type: ignore[attr-defined]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    # Without a home, "~" stays as it is: that would be a folder of this name in the current one.
+    if home.is_absolute():
+        yield Place(home / "retrieval-attn" / "numba", named=False)
+    # There may be no temporary directory either.
+    with suppress(FileNotFoundError):
+        yield Place(Path(tempfile.gettempdir()) / f"retrieval-attn-{os.geteuid()}", named=False)
+
+
+@functools.cache
+def place() -> Place | None:
+    """Where this process keeps compiled code: NUMBA_CACHE_DIR, the user's cache folder, or a folder of the user's own
+    under the temporary directory. None, with a warning, if none of them can be written."""
+    for candidate in _candidates():
+        try:
+            candidate.enter()
+        except OSError as error:
+            if candidate.named:
+                log.warning("NUMBA_CACHE_DIR cannot be used: %s", error)
+            continue
+        return candidate
+    log.warning(
+        "compiled code cannot be kept, so that every process compiles anew: there is no folder to write to; "
+        "set NUMBA_CACHE_DIR to one"
+    )
+    return None
+
+
+class CodeCache(NullCache):  # type: ignore[misc]
+    """The compiled code of one function, as numba's dispatcher asks for it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        code = function.__code__
+        self._name = function.__qualname__.replace("<locals>", "locals")
+        # Tests have compiled functions that are not among the sources.
+        self._source = (function.__module__, code.co_firstlineno, _source_of(code.co_filename))
+
+    @property
+    def cache_path(self) -> str | None:
+        where = place()
+        return None if where is None else str(where.base / DIGEST)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What was kept for arguments of these types; None makes numba compile."""
+        target_context.refresh()
+        where = place()
+        if where is None:
+            return None
+        try:
+            kept = self._file(where, sig, target_context.codegen()).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _warn_once(f"compiled code cannot be read: {error}")
+            return None
+        check, _, code = kept.partition(b"\n")
+        if _hash(code).encode() != check:
+            _warn_once(f"compiled code in {where.base} is damaged; compiling anew")
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(code))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what numba compiled, if it may be kept and can be."""
+        where = place()
+        # Addresses of this process mean nothing to another; and sources edited since are not what was compiled.
+        if where is None or data.library.has_dynamic_globals or digest() != DIGEST:
+            return
+        code = serialize.dumps(data._reduce())
+        try:
+            _write(self._file(where, sig, data.codegen), _hash(code).encode() + b"\n" + code)
+        except OSError as error:
+            _warn_once(f"compiled code cannot be kept: {error}")
+
+    def _file(self, where: Place, sig: Any, codegen: Any) -> Path:
+        """The file's name holds all that code depends on beside the sources: types, processor, numba's switches."""
+        switches = (int(numba.config.OPT), numba.config.BOUNDSCHECK)  # type: ignore[attr-defined]
+        key = _hash(repr((self._source, sig, codegen.magic_tuple(), switches)).encode())
+        return where.folder() / f"{self._name}.{key}"
+
+
+@functools.cache
+def _source_of(filename: str) -> str:
+    return _hash(Path(filename).read_bytes())
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else writes it."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+        try:
+            temporary.write(content)
+            temporary.close()
+            os.replace(temporary.name, file)
+        except BaseException:
+            os.unlink(temporary.name)
+            raise
