@@ -76,24 +76,24 @@ class Report:
 def run_demo(
     tokens: int,
     n_questions: int = 3,
-    seed: int = 0,
+    config: RetrievalConfig | None = None,
     console: Console | None = None,
-    prefill: str = "dense",
     model: Path = EMBEDDED,
 ) -> int:
     """Run the comparison and print it. Returns 0 if all our answers are right, 1 if not.
 
-    tokens: length of the document, with room for a question. n_questions: spread over the depths. model:
-    a folder; by default the embedded model. Raises ValueError for numbers out of range.
+    tokens: length of the document, with room for a question. n_questions: spread over the depths. config: of our side;
+    its seed makes the document, too. model: a folder; by default the embedded model. Raises ValueError for numbers out
+    of range.
     """
     if not 1 <= n_questions <= tokens // LEAST_TOKENS_PER_FACT:
         most = tokens // LEAST_TOKENS_PER_FACT
         raise ValueError(f"n_questions must be between 1 and {most} for {tokens} tokens, got {n_questions}")
-    console = console or Console()
+    console, config = console or Console(), config or RetrievalConfig()
     with console.status("loading the model"):
-        llm = load(model, RetrievalConfig(index="graph", top_k=100, prefill=prefill, seed=seed))
+        llm = load(model, config)
     with console.status("writing the document"):
-        text, questions = make_questions(llm, tokens, n_questions, seed)
+        text, questions = make_questions(llm, tokens, n_questions, config.seed)
     n_facts = max(N_FACTS, n_questions)
     _say(console, f"a document of {count(len(questions[0].ids))} tokens with {n_facts} facts in it")
     with console.status("warming up (the first time, compiling CPU kernels)"):

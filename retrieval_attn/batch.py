@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrieval_attn.config import Sampling
 from retrieval_attn.generate import (
     GenerationStats,
     OnProgress,
     Progress,
     Sampler,
-    Sampling,
     chunk_ends,
     follow_builds,
     longest_context,

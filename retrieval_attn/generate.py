@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from retrieval_attn.attention.decode import StepClock
 from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.prefill_policy import EXACT_TAIL, PrefillCounts
-from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.plan.terms import ModelShape, stored_kv
 
@@ -32,27 +32,6 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 takes the most likely one; otherwise tokens are drawn (seeded)."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from retrieval_attn.batch import BatchRequest, is_batch, sampling_per_row, total_plan
-from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.generate import Completion, OnProgress, Request, Sampling, longest_context
+from retrieval_attn.config import DTYPES, WEIGHTS, RetrievalConfig, Sampling
+from retrieval_attn.generate import Completion, OnProgress, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
 from retrieval_attn.hf.served import refuse_unserved
@@ -24,10 +24,6 @@ from retrieval_attn.session import Session
 Prompt = str | Tensor | Sequence[int] | Sequence[dict[str, str]]
 
 Batch = list[str] | list[Tensor] | list[list[int]] | list[list[dict[str, str]]] | list[Prompt]
-
-WEIGHTS = ("auto", "bf16", "int8", "int4")
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

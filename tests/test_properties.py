@@ -17,7 +17,8 @@ from tiny_models import MODELS, VOCABULARY, tiny_model
 from torch import Tensor
 
 import retrieval_attn as ra
-from retrieval_attn.generate import Request, Sampling
+from retrieval_attn.config import Sampling
+from retrieval_attn.generate import Request
 from retrieval_attn.kv.host_store import HostStore
 from retrieval_attn.kv.shared_rows import SharedRows
 from retrieval_attn.kv.window import Split, Window, split

@@ -22,8 +22,8 @@ from retrieval_attn.bench.gpu_check.planned import Planned, allocatable, planned
 from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.machine import PeakMemory, synchronize
 from retrieval_attn.bench.shared.report import Row, short
-from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.generate import Request, Sampling, follow_builds
+from retrieval_attn.config import RetrievalConfig, Sampling
+from retrieval_attn.generate import Request, follow_builds
 
 PART = "under a cap"
 

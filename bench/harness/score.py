@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retrieval_attn.generate import Request, Sampling, chunk_ends
+from retrieval_attn.config import Sampling
+from retrieval_attn.generate import Request, chunk_ends
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.llm import LLM
 

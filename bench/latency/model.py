@@ -18,8 +18,8 @@ from retrieval_attn.bench.shared.facts import prose
 from retrieval_attn.bench.shared.failures import FAILURES, fail
 from retrieval_attn.bench.shared.machine import PeakMemory, require_memory, synchronize
 from retrieval_attn.bench.shared.report import Row
-from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.generate import Request, Sampling
+from retrieval_attn.config import RetrievalConfig, Sampling
+from retrieval_attn.generate import Request
 from retrieval_attn.llm import EMBEDDED, LLM
 
 CHECKED_STEPS = 4

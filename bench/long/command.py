@@ -16,8 +16,8 @@ from retrieval_attn.bench.demo import make_questions
 from retrieval_attn.bench.shared import machine
 from retrieval_attn.bench.shared.options import DEVICES, at_least, choose, parse_contexts
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, check_writable, table
-from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
-from retrieval_attn.generate import Request, Sampling
+from retrieval_attn.config import INDEX_KINDS, RetrievalConfig, Sampling
+from retrieval_attn.generate import Request
 from retrieval_attn.llm import LLM, load
 
 _COLUMNS = [

@@ -12,8 +12,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,15 +24,16 @@ from retrieval_attn.bench.methods import rivals
 from retrieval_attn.bench.methods.faiss_rivals import FrozenIndex
 from retrieval_attn.bench.methods.streaming import StreamingLayer
 from retrieval_attn.bench.shared.machine import synchronize
-from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
+from retrieval_attn.config import INDEX_KINDS, RetrievalConfig, Sampling
 from retrieval_attn.far.far_index import n_covered
 from retrieval_attn.far.index_build import needs_tail
-from retrieval_attn.generate import Request, Sampling, follow_builds
+from retrieval_attn.generate import Request, follow_builds
 from retrieval_attn.hf.attention import NAME
 from retrieval_attn.hf.cache import KEPT_BY_FORKS, RetrievalCache
 from retrieval_attn.hf.layer import RetrievalLayer
 from retrieval_attn.kernels import TailSummary
 from retrieval_attn.llm import LLM
+from retrieval_attn.terminal.option_language import Word, parse_pairs, unknown, words_of
 
 OURS = (*INDEX_KINDS, "hnsw")
 STOCK = ("full", "folded", "streaming", "offloaded", "quantized")
@@ -41,8 +41,13 @@ METHODS = (*STOCK, *OURS)
 
 WEIGHTS = ("int8", "int4")
 
-# Options of methods that are not fields of `RetrievalConfig`: what they are called, what they take, who takes them.
-_OTHER = {"weights": OURS + STOCK, "bits": ("quantized",), "backend": ("quantized",)}
+# Options of methods beside the words of `RetrievalConfig`, and which methods take them.
+_OTHER = {
+    "weights": Word("weights", "weights", "str", "auto", ("auto", *WEIGHTS), "Weights are quantised so.", ""),
+    "bits": Word("bits", "bits", "int", 4, (), "Keys and values have this many bits.", ""),
+    "backend": Word("backend", "backend", "str", "hqq", (), "This library quantises keys and values.", ""),
+}
+_TAKERS = {"weights": (*OURS, *STOCK), "bits": ("quantized",), "backend": ("quantized",)}
 
 
 @dataclass(frozen=True)
@@ -70,47 +75,23 @@ def parse_method(text: str, config: RetrievalConfig) -> Method:
     """
     name, *pairs = text.strip().split(":")
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {_suggest(name, METHODS)}")
-    given: dict[str, str] = {}
-    for pair in pairs:
-        option, equals, value = pair.partition("=")
-        allowed = _options_of(name)
-        if option not in allowed or not equals:
-            raise ValueError(f"method {name!r} in {text!r}: unknown option {option!r}; {_suggest(option, allowed)}")
-        given[option] = value
-    own = {option: _value(option, given.pop(option)) for option in list(given) if option not in _OTHER}
-    weights = given.pop("weights", "auto")
-    if weights not in ("auto", *WEIGHTS):
-        raise ValueError(f"method {name!r}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    if not given.get("bits", "4").isdecimal():
-        raise ValueError(f"method {name!r}: bits must be a number such as 2, 4 or 8, got {given['bits']!r}")
-    index = {"index": name} if name in INDEX_KINDS else {"index": "auto"} if name == "hnsw" else {}
-    return Method(text.strip(), name, replace(config, **index, **own), weights, tuple(given.items()))
+        raise ValueError(unknown("method", name, METHODS))
+    words = _words_of(name)
+    said = parse_pairs(pairs, words, f"method {name!r} in {text!r}")
+    others = {option: str(said.pop(option)) for option in _OTHER if option in said}
+    weights = others.pop("weights", "auto")
+    if name in OURS:
+        said["index"] = "auto" if name == "hnsw" else name
+    return Method(text.strip(), name, replace(config, **said), weights, tuple(others.items()))
 
 
-def _options_of(name: str) -> list[str]:
-    others = [option for option, takers in _OTHER.items() if name in takers]
-    if name == "streaming":
-        return ["n_sink", "n_local", *others]
-    return [*([f.name for f in fields(RetrievalConfig) if f.name != "index"] if name in OURS else []), *others]
-
-
-def _value(option: str, text: str) -> Any:
-    """A field of the config from its text; what it may be, the config itself says."""
-    words = {"none": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _suggest(word: str, allowed: Sequence[str]) -> str:
-    near = get_close_matches(word, allowed, 3, 0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(allowed)}"
+def _words_of(name: str) -> dict[str, Word]:
+    """What a method takes: the config's words if it is ours, those of the window if it streams, and its own."""
+    others = {option: word for option, word in _OTHER.items() if name in _TAKERS[option]}
+    if name not in (*OURS, "streaming"):
+        return others
+    words = {option: word for option, word in words_of(RetrievalConfig).items() if option != "index"}
+    return others | (words if name in OURS else {option: words[option] for option in ("n_sink", "n_local")})
 
 
 class Answer(NamedTuple):

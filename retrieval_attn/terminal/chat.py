@@ -9,18 +9,25 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from retrieval_attn.session import Session
+from retrieval_attn.config import Sampling
 from retrieval_attn.terminal.bar import PhaseBar, wait_for_indexes
-from retrieval_attn.terminal.files import _folder_bytes, is_session, read_text, session_folder, sessions_home
+from retrieval_attn.terminal.files import (
+    folder_bytes,
+    is_session,
+    read_text,
+    remember_lines,
+    session_folder,
+    sessions_home,
+)
+from retrieval_attn.terminal.option_language import made, parse_pairs, words_of
 from retrieval_attn.terminal.shown import (
-    _HARMLESS,
+    HARMLESS,
     REPORTED,
     count,
     one_line,
@@ -30,12 +37,15 @@ from retrieval_attn.terminal.shown import (
     stats_line,
 )
 
+if TYPE_CHECKING:
+    from retrieval_attn.session import Session
+
 
 class Chat:
     """A conversation in a terminal. One line is one turn, or a command if it begins with "/".
 
     session: what is talked to. console: where answers go; notes: where bars, statistics and errors go, by default the
-    same. options: how answers are generated, as in `LLM.generate`. folder: where /save and /load without a name go.
+    same. sampling: how answers are generated. folder: where /save and /load without a name go.
     read_line: gives the next line, raises EOFError at the end; by default standard input. interactive: whether a person
     types; else no prompt is shown, Ctrl-C ends the chat, and `run` reports failed turns.
     """
@@ -46,7 +56,7 @@ class Chat:
         console: Console,
         *,
         notes: Console | None = None,
-        options: dict[str, Any] | None = None,
+        sampling: Sampling | None = None,
         stats: bool = True,
         folder: Path | None = None,
         interactive: bool = False,
@@ -55,13 +65,34 @@ class Chat:
         self.session = session
         self.console = console
         self.notes = notes or console
-        self.options = options or {}
+        self.sampling = sampling or Sampling()
         self.stats = stats
         self.folder = folder
         self.interactive = interactive
         self.read_line = read_line or (lambda: input("> " if interactive else ""))
         self.leaving = False
         self._retries = 0
+
+    def converse(self, texts: dict[str, str]) -> int:
+        """Read texts, given by name, then take lines; returns what `run` does, and 1 if a text could not be read."""
+        if self.interactive:
+            remember_lines()
+            self._note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        if texts and not self.attempt(lambda: self.read(texts)) and not self.interactive:
+            return 1
+        return self.run()
+
+    def ask_once(self, texts: dict[str, str], prompt: str) -> None:
+        """Read texts, ask one thing about them, and save the session if it has a folder. Errors are raised."""
+        if not prompt.strip():
+            raise ValueError("--prompt is empty; say something")
+        try:
+            self.read(texts)
+            self.ask(prompt)
+            if self.folder is not None:
+                self.session.save(self.folder)
+        finally:
+            self.session.cache.cancel_builds()
 
     def run(self) -> int:
         """Take lines until they end or /exit; returns 1 if a turn failed and no person was there to see it, else 0."""
@@ -141,7 +172,9 @@ class Chat:
         """Show an answer and what it cost. An interrupted answer is kept as far as it went."""
         stopped = False
         with PhaseBar(self.notes, self.session) as bar:
-            pieces = stream(on_progress=bar, **self._sampling())
+            # Another try draws other tokens.
+            drawn = replace(self.sampling, seed=self.sampling.seed + self._retries)
+            pieces = stream(on_progress=bar, **asdict(drawn))
             try:
                 show_answer(self._write, pieces)
             except KeyboardInterrupt:
@@ -154,12 +187,8 @@ class Chat:
         if (self.stats or stopped) and self.session.last is not None:
             self._note(stats_line(self.session.last.stats))
 
-    def _sampling(self) -> dict[str, Any]:
-        """The options of this answer; another try draws other tokens."""
-        return self.options | ({"seed": self.options.get("seed", 0) + self._retries} if self._retries else {})
-
     def _write(self, text: str) -> None:
-        self.console.out(text.translate(_HARMLESS), end="", highlight=False)
+        self.console.out(text.translate(HARMLESS), end="", highlight=False)
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -213,8 +242,8 @@ class Chat:
 
     def _set(self, rest: str) -> None:
         if rest:
-            self.options = changed_options(self.options, _words("/set", rest))
-        self._print(" ".join(f"{name}={value}" for name, value in current_options(self.options).items()))
+            self.sampling = changed(self.sampling, _words("/set", rest))
+        self._print(in_words(self.sampling))
 
     def _stats(self, rest: str) -> None:
         if rest not in ("", "on", "off"):
@@ -225,7 +254,7 @@ class Chat:
     def _status(self, rest: str) -> None:
         for name, value in status(self.session).items():
             self._print(f"{name:12}{value}")
-        self._print(f"{'answers':12}" + " ".join(f"{k}={v}" for k, v in current_options(self.options).items()))
+        self._print(f"{'answers':12}{in_words(self.sampling)}")
 
     def _save(self, rest: str) -> None:
         names = _words("/save", rest)
@@ -239,7 +268,7 @@ class Chat:
         with self.notes.status(f"saving to {folder}"):
             self.session.save(folder)
         self.folder = folder
-        self._note(f"saved to {folder} ({size(_folder_bytes(folder))})")
+        self._note(f"saved to {folder} ({size(folder_bytes(folder))})")
 
     def _load(self, rest: str) -> None:
         folder = self._folder("/load", _words("/load", rest))
@@ -263,7 +292,7 @@ class Chat:
         found = sorted(filter(is_session, folders))
         for folder in found:
             saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "manifest.json").stat().st_mtime))
-            self._print(f"{folder.name:34}{size(_folder_bytes(folder)):>9}  {saved}")
+            self._print(f"{folder.name:34}{size(folder_bytes(folder)):>9}  {saved}")
         if not found:
             self._note(f"no sessions in {home}")
 
@@ -299,30 +328,14 @@ def _words(command: str, rest: str) -> list[str]:
         raise ValueError(f"{command}: {error}; put names with blanks or quotes in double quotes") from None
 
 
-def current_options(options: dict[str, Any]) -> dict[str, Any]:
-    """All generation options with their values, defaults included."""
-    from retrieval_attn.generate import Sampling
-
-    return asdict(Sampling(**options))
+def in_words(sampling: Sampling) -> str:
+    """All options of answers with their values, as /set takes them."""
+    return " ".join(f"{word.name}={getattr(sampling, word.field)}" for word in words_of(Sampling).values())
 
 
-def changed_options(options: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """The options after "name=value" changes, all or none. Raises ValueError with the names or the rule."""
-    from retrieval_attn.generate import Sampling
-
-    kinds = {field.name: field.type for field in fields(Sampling)}
-    new = dict(options)
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if name not in kinds or not equals:
-            raise ValueError(f"cannot set {change!r}; the options are {', '.join(f'{known}=...' for known in kinds)}")
-        try:
-            new[name] = int(value) if kinds[name] is int else float(value)
-        except ValueError:
-            kind = "a whole number" if kinds[name] is int else "a number"
-            raise ValueError(f"{name} must be {kind}, got {value!r}") from None
-    Sampling(**new)
-    return new
+def changed(sampling: Sampling, pairs: Sequence[str]) -> Sampling:
+    """The options after "name=value" changes, all or none; ValueError in one line."""
+    return made(Sampling, parse_pairs(pairs, words_of(Sampling), "/set"), asdict(sampling))
 
 
 def status(session: "Session") -> dict[str, str]:

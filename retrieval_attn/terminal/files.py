@@ -6,10 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 # The longer marks first: UTF-32's begins with UTF-16's.
 _BYTE_ORDER_MARKS = {
@@ -59,13 +56,14 @@ def _decode(name: str, raw: bytes, encoding: str | None) -> str:
         ) from None
 
 
-def _xdg(variable: str, default: str) -> Path:
+def own_folder(variable: str, default: str) -> Path:
+    """Our folder below the one that a variable of the XDG standard names."""
     return Path(os.environ.get(variable) or default).expanduser() / "retrieval-attn"
 
 
 def sessions_home() -> Path:
     """Where sessions with a plain name are saved."""
-    return _xdg("XDG_DATA_HOME", "~/.local/share") / "sessions"
+    return own_folder("XDG_DATA_HOME", "~/.local/share") / "sessions"
 
 
 def session_folder(name: str) -> Path:
@@ -82,7 +80,8 @@ def is_session(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in it."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
@@ -91,7 +90,7 @@ def remember_lines() -> None:
     try:
         import readline
 
-        path = _xdg("XDG_STATE_HOME", "~/.local/state") / "history"
+        path = own_folder("XDG_STATE_HOME", "~/.local/state") / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         readline.parse_and_bind("tab: complete")
         readline.set_history_length(1000)

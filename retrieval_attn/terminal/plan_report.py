@@ -11,12 +11,12 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.generate import Request, Sampling, longest_context
+from retrieval_attn.config import DTYPES, WEIGHTS, RetrievalConfig, Sampling
+from retrieval_attn.generate import Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
 from retrieval_attn.kv.address_space import OUT_OF_MEMORY
-from retrieval_attn.llm import DTYPES, EMBEDDED, WEIGHTS, require_causal_lm
+from retrieval_attn.llm import EMBEDDED, require_causal_lm
 from retrieval_attn.plan.plan import GIB, Base, Phase, Target, plan_phases
 
 # Bytes per weight of a linear layer as bitsandbytes keeps it: int8 (one float32 per row comes on top), or 4 bits and

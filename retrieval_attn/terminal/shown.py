@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 REPORTED = (ValueError, OSError, MemoryError, ImportError, RuntimeError)
 
 # Control characters that a model may print, but a terminal must not obey; newline and tab stay.
-_HARMLESS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
+HARMLESS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
 
 
 def one_line(error: BaseException) -> str:

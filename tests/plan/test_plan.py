@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from retrieval_attn import cli
 from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
-from retrieval_attn.cli import parse_bytes
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.index_choice import bytes_per_key
 from retrieval_attn.far.query_sample import QuerySample
@@ -283,16 +282,6 @@ def test_a_config_without_dtype_asks_for_one(folder, tmp_path):
     with pytest.raises(ValueError, match="dtype must be given"):
         estimate_memory(tmp_path, [4096], CONFIG)
     assert estimate_memory(tmp_path, [4096], CONFIG, dtype="float32")
-
-
-def test_bytes():
-    assert parse_bytes("24g", "--x") == 24 * GIB
-    assert parse_bytes("1.5G", "--x") == 3 << 29
-    assert parse_bytes("0", "--x") == 0
-    assert parse_bytes(None, "--x") is None
-    for bad in ("", "g", "-1g", "nan", "1e400"):
-        with pytest.raises(ValueError, match="--x must be bytes"):
-            parse_bytes(bad, "--x")
 
 
 def test_measuring_the_libraries_leaves_no_trace():

@@ -8,6 +8,7 @@ from rich.console import Console
 from tiny_models import save_tiny_chat_model
 
 from retrieval_attn import RetrievalConfig, load
+from retrieval_attn.config import Sampling
 from retrieval_attn.generate import GenerationStats
 from retrieval_attn.terminal import chat as chat
 from retrieval_attn.terminal.bar import PhaseBar
@@ -38,7 +39,7 @@ class Screen:
         self.chat = Chat(
             llm.session(),
             self.console,
-            options={"max_new_tokens": 4},
+            sampling=Sampling(max_new_tokens=4),
             interactive=interactive,
             read_line=self._next,
         )
@@ -208,17 +209,19 @@ def test_an_unknown_command_names_the_closest(screen):
 
 
 def test_set_changes_options_and_shows_them(screen):
-    assert screen.say("/set temperature=0.5 top_k=7")[0]
-    assert "max_new_tokens=4 temperature=0.5 top_p=1.0 top_k=7 seed=0" in screen.say("/set")[1]
+    assert screen.say("/set temperature=0.5 sample_top_k=7")[0]
+    assert "max_new_tokens=4 temperature=0.5 top_p=1.0 sample_top_k=7 seed=0" in screen.say("/set")[1]
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("bad=1", "the options are max_new_tokens=..., temperature=..."),
-        ("temperature", "the options are"),
-        ("top_k=x", "top_k must be a whole number, got 'x'"),
-        ("temperature=warm", "temperature must be a number, got 'warm'"),
+        ("bad=1", "/set: unknown option 'bad'; there are max_new_tokens, temperature, top_p, sample_top_k, seed"),
+        ("top_k=7", "unknown option 'top_k'; did you mean top_p or sample_top_k?"),
+        ("temperature", "temperature needs a value, as in temperature=0.0"),
+        ("sample_top_k=x", "sample_top_k must be a whole number such as 100, got 'x'"),
+        ("sample_top_k=-1", "sample_top_k must be 0 (off) or positive, got -1"),
+        ("temperature=warm", "temperature must be a number such as 0.98, got 'warm'"),
         ("top_p=7", "top_p must be above 0 and at most 1, got 7.0"),
         ("seed=3 max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
         ('seed="', "No closing quotation"),
@@ -229,7 +232,7 @@ def test_set_refuses_in_one_line_and_changes_nothing(screen, change, reason):
     assert not well
     assert reason in text
     assert text.count("\n") == 1
-    assert screen.chat.options == {"max_new_tokens": 4}
+    assert screen.chat.sampling == Sampling(max_new_tokens=4)
 
 
 def test_stats_switches_the_line(screen):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from option_values import VALUES
 from tiny_models import save_tiny_chat_model, tiny_model
 from transformers import DynamicCache
 
@@ -13,7 +14,9 @@ import retrieval_attn as ra
 from retrieval_attn.bench.methods.faiss_rivals import FrozenIndex
 from retrieval_attn.bench.methods.named import METHODS, Bench, _nbytes, parse_method
 from retrieval_attn.bench.methods.streaming import StreamingLayer
+from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.index import build_index
+from retrieval_attn.terminal.option_language import parse_pairs, split_pairs, words_of
 
 EVERYTHING = 1 << 20
 ALL_KEYS = ra.RetrievalConfig(
@@ -131,13 +134,15 @@ def test_hnsw_finds_old_keys_and_new_ones():
     ("text", "says"),
     [
         ("grph", "unknown method 'grph'; did you mean graph?"),
-        ("zzz", "choose from full"),
+        ("zzz", "unknown method 'zzz'; there are full, folded"),
         ("graph:topk=3", "unknown option 'topk'; did you mean top_k?"),
-        ("full:top_k=3", "unknown option 'top_k'; choose from weights"),
-        ("graph:top_k", "unknown option"),
+        ("full:top_k=3", "unknown option 'top_k'; there are weights"),
+        ("graph:top_k", "method 'graph' in 'graph:top_k': top_k needs a value, as in top_k=100"),
+        ("graph:top_k=3:top_k=4", "top_k is given twice, as 3 and as 4"),
+        ("graph:n_local=lots", "n_local must be tokens such as 8k, 1m or 5000, got 'lots'"),
         ("graph:top_k=0", "top_k must be an integer of at least 1, got 0"),
-        ("quantized:bits=x", "bits must be a number such as 2, 4 or 8, got 'x'"),
-        ("full:weights=int3", "weights must be one of int8, int4, got 'int3'"),
+        ("quantized:bits=x", "bits must be a whole number such as 100, got 'x'"),
+        ("full:weights=int3", "weights must be one of 'auto', 'int8', 'int4', got 'int3'"),
     ],
 )
 def test_methods_that_are_none_are_named(text, says):
@@ -154,6 +159,14 @@ def test_options_reach_the_config():
     assert parse_method("scan:kv_dtype=int8", ALL_KEYS).shares_prefill is False
     assert parse_method("scan:prefill=auto:prefill_chunk=2048", ALL_KEYS).shares_prefill is False
     assert all(parse_method(name, ALL_KEYS).name == name for name in METHODS)
+
+
+@pytest.mark.parametrize("name", [name for name in VALUES if name != "index"])
+def test_methods_and_set_are_one_language(name):
+    text, value = VALUES[name]
+    said = parse_pairs(split_pairs([f"{name}={text}"]), words_of(RetrievalConfig), "--set")
+    assert parse_method(f"scan:{name}={text}", RetrievalConfig()).config == RetrievalConfig(index="scan", **said)
+    assert said == {name: value}
 
 
 @pytest.mark.parametrize("label", ["offloaded", "full:weights=int4"])
