@@ -77,7 +77,7 @@ class LayerMemory:
         self.window = Window(config.n_sink, config.n_local)
         self.device_prefix = DevicePrefix(0)
         self.sample = QuerySample(config.build_queries)
-        self._far_index, self._version = FarIndex(config), self.store.version
+        self._follow_with(FarIndex(config))
         self.scale = shape.key_dim**-0.5
         self.steps = 0
         # What the last step found, where the next one begins, and how many keys it took; forgotten on crop.
@@ -85,13 +85,10 @@ class LayerMemory:
         self.reach: int | None = None
         self.rest = Rest()
 
-    @property
-    def far_index(self) -> FarIndex:
-        """The index over the far keys; it forgets everything when stored keys have become others."""
-        if self._version != self.store.version:
-            self._far_index.drop()
-            self._version = self.store.version
-        return self._far_index
+    def _follow_with(self, far_index: FarIndex) -> None:
+        """Let this be the index over the far keys; the store tells it when they become others."""
+        self.far_index = far_index
+        self.store.before_rewrite = far_index.drop
 
     @property
     def length(self) -> int:
@@ -204,14 +201,13 @@ class LayerMemory:
         """
         twin = LayerMemory(config or self.config, self.shape, self.store.fork())
         twin.sample, twin.scale = self.sample.copy(), self.scale
-        twin._far_index.submit = self.far_index.submit
+        twin.far_index.submit = self.far_index.submit
         if twin.config != self.config:
             if self.length:
                 twin.window.refill(self.length, self.window.device, twin.store.read)
             return twin
         twin.window = self.window.copy()
-        twin._far_index = self.far_index.fork(self.far(), twin.far())
-        twin._far_index.submit = self.far_index.submit
+        twin._follow_with(self.far_index.fork(self.far(), twin.far()))
         for name in ("steps", "last_ids", "reach", "rest"):
             setattr(twin, name, getattr(self, name))
         return twin
@@ -223,9 +219,9 @@ class LayerMemory:
 
     def adopt_index(self, index: Index, state: dict[str, Tensor]) -> None:
         """Use the index that was saved with this memory, and with it the summary in `state`, if there is one."""
-        self.far_index.adopt(index, TailSummary.restore(state) if "tail_means" in state else None, "restored")
+        tail = TailSummary.restore(state) if "tail_means" in state else None
         # It is built anew when it would have been.
-        self.far_index.built_on = int(state["memory_counts"][0])
+        self.far_index.adopt(index, tail, "restored", built_on=int(state["memory_counts"][0]))
 
     def adopt(
         self, keys: Extent, values: Extent, n_tokens: int, state: dict[str, Tensor], device: torch.device

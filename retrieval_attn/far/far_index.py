@@ -168,22 +168,26 @@ class FarIndex:
             self._building.cancel()
         self._index = self._view = self._tail = self._building = self._appending = None
 
-    def adopt(self, index: Index, tail: TailSummary | None, reason: str) -> None:
-        """Use an index over the first far keys, and the summary of the same keys if it is at hand."""
+    def adopt(self, index: Index, tail: TailSummary | None, reason: str, built_on: int | None = None) -> None:
+        """Use an index over the first far keys, and the summary of the same keys if it is at hand.
+
+        built_on: how many keys it was built on, where it has grown since; None if it has not.
+        """
         # The view first: a step that finds an index finds one to search, too, wherever this is interrupted.
         self._tail, self._view, self._index = tail, index.snapshot(), index
-        self.built_on, self.reason = index.n_keys, reason
+        self.built_on, self.reason = index.n_keys if built_on is None else built_on, reason
         if index.lift is not None:
             self._scale = index.lift.scale
 
     def fork(self, far: Far, own: Far) -> "FarIndex":
         """The same index for a memory whose far tokens are equal, in its `own` memory. Waits for what is under way."""
         twin = FarIndex(self.config)
+        twin.submit = self.submit
         self.truncate(far)
         if self._index is not None:
-            n, tail = self._index.n_keys, self._tail
-            twin.adopt(self._index.fork(own.before(n).keys), tail and TailSummary.restore(tail.state()), self.reason)
-            twin.built_on, twin._scale = self.built_on, self._scale
+            index, tail = self._index.fork(own.before(self._index.n_keys).keys), self._tail
+            twin.adopt(index, tail and TailSummary.restore(tail.state()), self.reason, self.built_on)
+            twin._scale = self._scale
         return twin
 
     def _build(self, far: Far, recipe: BuildInputs) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,11 @@ class Extent(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Rows, what their numbers stand for if they are int8, and how often they were written anew; replaced as a whole,
-    so that neither a reader in another thread nor an interruption meets half of it."""
+    """Rows, and what their numbers stand for if they are int8; replaced as a whole, so that neither a reader in another
+    thread nor an interruption meets half of it."""
 
     rows: SharedRows
     scales: Scales | None
-    version: int = 0
 
     @property
     def tensor(self) -> Tensor:
@@ -50,10 +50,10 @@ class _Kept(NamedTuple):
         rows, old = SharedRows(heads, capacity, dim, self.tensor.dtype, self.rows.folder), self.tensor[:, :length]
         if scales is None or self.scales is None or scales is self.scales:
             rows.write(0, old)
-            return _Kept(rows, self.scales, self.version)
+            return _Kept(rows, self.scales)
         rows.ensure(length)
         scales.convert(old, self.scales, rows.tensor)
-        return _Kept(rows, scales, self.version + (length > 0))
+        return _Kept(rows, scales)
 
     def encoded(self, new: Tensor) -> Tensor:
         return new if self.scales is None else self.scales.encode(new)
@@ -87,6 +87,8 @@ class HostStore:
         )
         self._transfers: list[_Transfer] = []
         self._transferring = threading.Lock()
+        # Called before stored rows become others: then an index over them is of no use any more.
+        self.before_rewrite: Callable[[], None] = _nobody
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add n tokens. keys (G, n, D), values (G, n, Dv), any device, the store's dtype.
@@ -150,12 +152,8 @@ class HostStore:
             kept._replace(rows=kept.rows.fork(self.length)) for kept in (self._keys, self._values)
         )
         twin._transfers, twin._transferring = [], threading.Lock()
+        twin.before_rewrite = _nobody
         return twin
-
-    @property
-    def version(self) -> int:
-        """Changes when stored rows do: then an index over them is of no use any more."""
-        return self._keys.version + self._values.version
 
     @property
     def nbytes(self) -> int:
@@ -197,6 +195,8 @@ class HostStore:
             assert kept.scales is not None
             scales = kept.scales.grown(new)
             if scales is not None:
+                if self.length:
+                    self.before_rewrite()
                 setattr(self, name, kept.roomy(self.length, self.capacity, scales))
 
     def _write(self, start: int, keys: Tensor, values: Tensor) -> None:
@@ -218,6 +218,10 @@ class HostStore:
         self._keys = self._keys.roomy(self.length, capacity, self._keys.scales)
         self._values = self._values.roomy(self.length, capacity, self._values.scales)
         self.capacity = capacity
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
 
 
 def _start_transfer(start: int, keys: Tensor, values: Tensor) -> _Transfer:

@@ -97,19 +97,22 @@ class TestInt8:
         out = store.unfolded((weights @ store.values().float()).view(1, 4, 3, 16))
         torch.testing.assert_close(out, (weights @ values).view(1, 4, 3, 16), rtol=1e-4, atol=1e-4)
 
-    def test_larger_numbers_make_room_and_change_the_version(self):
+    def test_larger_numbers_make_room_and_it_is_told_before(self):
         store, keys, values = self.store()
-        version, old = store.version, store.keys()
+        old, told = store.keys(), []
+        store.before_rewrite = lambda: told.append(torch.equal(store.keys(), before))
         before = old.clone()
         store.append(keys[:, :10] * 3, values[:, :10])
-        assert store.version == version + 1
+        assert told == [True]
         # Who reads the old rows, as a build in another thread does, goes on reading them.
         assert torch.equal(old, before)
         again, _ = store.read(0, 3010)
         assert (again[:, :3000] - keys).norm() / keys.norm() < 0.03
         assert (again[:, 3000:] - keys[:, :10] * 3).norm() / (keys[:, :10] * 3).norm() < 0.02
         store.append(keys[:, :10], values[:, :10])
-        assert store.version == version + 1
+        assert told == [True]
+        store.fork().append(keys[:, :10] * 9, values[:, :10])
+        assert told == [True]
 
     def test_zeros_and_no_tokens(self):
         store = HostStore(2, 8, 8, torch.bfloat16, capacity=10, int8=True)
