@@ -17,7 +17,9 @@ from retrieval_attn.bench.shared.report import Report, Row, short, table
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.fidelity.held_out import Held
-    from retrieval_attn.bench.methods.named import Bench, Method, Read
+    from retrieval_attn.bench.methods.bench import Bench
+    from retrieval_attn.bench.methods.named import Method
+    from retrieval_attn.bench.methods.talk import Read
     from retrieval_attn.llm import LLM
 
 MEASURES = ("error", "mass", "recall", "planted")

@@ -18,7 +18,8 @@ from retrieval_attn.attention.decode import LEAST_NORM, StepClock, attend_found,
 from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.bench.fidelity.held_out import Held
 from retrieval_attn.bench.fidelity.planted import plant
-from retrieval_attn.bench.methods.named import Method, build_hnsw
+from retrieval_attn.bench.methods.named import Method
+from retrieval_attn.bench.methods.ours import build_hnsw
 from retrieval_attn.far.far_index import n_covered
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.hf.layer import RetrievalLayer

@@ -21,6 +21,7 @@ from retrieval_attn.bench.shared.failures import Failing
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, short
 from retrieval_attn.bench.vectors.prefill import Prompt, prefill_vectors
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.kernels.sparse.lists import HEAD_DIMS
 
 # Shares of the time; what a part leaves over, the next ones have.
 SHARES = {"correctness": 0.2, gpu_capped.PART: 0.5, "end to end": 0.1, "prefill": 0.2}
@@ -105,7 +106,7 @@ def run(sizes: Sizes, device: str, minutes: float, seed: int) -> dict[str, Any]:
 
 def _correctness(sizes: Sizes, device: str, seed: int, budget: Budget) -> Iterator[Row]:
     chosen = gpu_streamed.cases(device, seed)
-    chosen += gpu_correct.cases(device, seed, sizes.head_dims or gpu_correct.HEAD_DIMS)
+    chosen += gpu_correct.cases(device, seed, sizes.head_dims or HEAD_DIMS)
     for row in gpu_correct.check_all(chosen, lambda: budget.left("correctness")):
         print(gpu_correct.describe(row), flush=True)
         yield row

@@ -135,7 +135,7 @@ class HarnessModel:
         pairs = [self._scorer.pair(*request.args) for request in requests]
         found: dict[int, tuple[float, bool]] = {}
         for i, score in self._scores(pairs, "loglikelihood", disable_tqdm):
-            found[i] = tuple(score)
+            found[i] = (score.log_prob, score.greedy)
             self.cache_hook.add_partial("loglikelihood", requests[i].args, found[i])
         return [found[i] for i in range(len(requests))]
 

@@ -55,9 +55,14 @@ def sdpa(chunk: Chunk) -> Run:
     """PyTorch's own attention, the heads of the keys repeated beforehand; a chunk with a past has its causal bias."""
     T, S = chunk.query.shape[2], chunk.keys.shape[2]
     R = chunk.query.shape[1] // chunk.keys.shape[1]
-    inputs = chunk.query, *(x.repeat_interleave(R, dim=1) for x in (chunk.keys, chunk.values))
+    keys, values = (x.repeat_interleave(R, dim=1) for x in (chunk.keys, chunk.values))
     causal: dict[str, Any] = {"attn_mask": causal_lower_right(T, S)} if T < S else {"is_causal": True}
-    return lambda: Result(scaled_dot_product_attention(*inputs, scale=chunk.scale, **causal), None, 1.0)
+
+    def run() -> Result:
+        out = scaled_dot_product_attention(chunk.query, keys, values, scale=chunk.scale, **causal)
+        return Result(out, None, 1.0)
+
+    return run
 
 
 def dense(chunk: Chunk) -> Run:

@@ -71,10 +71,15 @@ def _measure(row: Row, plan: Plan, step: Step, dtype: torch.dtype) -> None:
 def _near(prompt: Prompt) -> Step:
     query = prompt.query[:, :, -1:].contiguous()
     keys, values = (x[:, :, -WINDOW:].contiguous() for x in (prompt.keys, prompt.values))
-    inputs = query, keys, values, query.shape[3] ** -0.5
+    scale = query.shape[3] ** -0.5
+
+    def error() -> float:
+        true = reference.attend_near(query.float(), keys.float(), values.float(), scale)
+        return _difference(attend_near(query, keys, values, scale).out, true.out)
+
     return Step(
-        run=lambda: attend_near(*inputs),
-        error=lambda: _difference(attend_near(*inputs).out, reference.attend_near(*_wide(*inputs[:3]), inputs[3]).out),
+        run=lambda: attend_near(query, keys, values, scale),
+        error=error,
         rival=lambda: rivals.folded(query, keys, values),
         flops=4.0 * query.numel() * keys.shape[2],
         n_bytes=keys.nbytes + values.nbytes + 2 * query.nbytes,
@@ -99,10 +104,6 @@ def _merge(prompt: Prompt) -> Step:
         n_bytes=3.0 * (states[0].out.nbytes + states[0].lse.nbytes),
         calls=CALLS,
     )
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    return [x.float() for x in tensors]
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

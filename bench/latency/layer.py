@@ -36,7 +36,7 @@ CHECKED_STEPS = 4
 Step = dict[str, float]
 
 
-class Method(Protocol):
+class Contender(Protocol):
     """One way to compute a decode step."""
 
     name: str
@@ -303,8 +303,8 @@ def _make_methods(
     tensors: list[tuple[Tensor, Tensor]],
     rows: dict[str, Row],
     advance: Callable[[str], None],
-) -> tuple[dict[str, Method], dict[str, PeakMemory]]:
-    methods: dict[str, Method] = {}
+) -> tuple[dict[str, Contender], dict[str, PeakMemory]]:
+    methods: dict[str, Contender] = {}
     peaks = {name: PeakMemory(options.device) for name in options.methods}
     for name in options.methods:
         advance(f"{rows[name]['context']} tokens: preparing {name}")
@@ -320,7 +320,7 @@ def _make_methods(
 
 def _run(
     options: Options,
-    methods: dict[str, Method],
+    methods: dict[str, Contender],
     layers: list[Layer],
     rows: dict[str, Row],
     peaks: dict[str, PeakMemory],
@@ -349,7 +349,7 @@ def _range(gen: int, turn: int) -> range:
     return range(gen * turn, gen * (turn + 1))
 
 
-def _step(method: Method, n: int, layers: list[Layer], sweep: Tensor | None) -> Step:
+def _step(method: Contender, n: int, layers: list[Layer], sweep: Tensor | None) -> Step:
     """One step of all layers, as the mean over layers; the caches hold nothing of it beforehand."""
     if sweep is not None:
         sweep.add_(1)
@@ -375,7 +375,7 @@ def _summarise(row: Row, steps: list[Step], method: Any, options: Options) -> No
     row["status"] = "ok"
 
 
-def _check(row: Row, method: Method, queries: Tensor, options: Options) -> None:
+def _check(row: Row, method: Contender, queries: Tensor, options: Options) -> None:
     """A number needs a passing check: outputs must be attention over the keys that were selected."""
     with torch.no_grad():
         found = method.check(queries)

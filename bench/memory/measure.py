@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from retrieval_attn.bench.demo import EMBEDDED, MOST_NEW_TOKENS, Question, make_questions
+from retrieval_attn.bench.demo import MOST_NEW_TOKENS, Question, make_questions
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import follow_builds
-from retrieval_attn.llm import LLM, load
+from retrieval_attn.llm import EMBEDDED, LLM, load
 from retrieval_attn.plan.plan import Base, Target, plan_phases
 from retrieval_attn.session import Session
 from retrieval_attn.terminal.plan_report import measure_libraries, weight_bytes

@@ -19,6 +19,9 @@ class StreamingLayer(DynamicLayer):
     The tokens of one pass still see each other, and what was kept before them.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, n_sink: int, n_local: int) -> None:
         super().__init__()
         self.n_sink, self.n_local = n_sink, n_local

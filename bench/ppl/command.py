@@ -25,7 +25,8 @@ from retrieval_attn.bench.shared.options import at_least
 from retrieval_attn.bench.shared.report import Report, as_csv, as_json, bullets, reasons, short, table
 
 if TYPE_CHECKING:
-    from retrieval_attn.bench.methods.named import Bench, Method
+    from retrieval_attn.bench.methods.bench import Bench
+    from retrieval_attn.bench.methods.named import Method
     from retrieval_attn.bench.ppl.measure import Task
 
 LimitUnits = Annotated[int | None, q._option("Stop after so many contexts times methods: a smoke run.", "--limit")]
@@ -98,7 +99,7 @@ def run(settings: Settings, output: Output, begin: Begin, load: Callable[[Settin
 
     begin: the text's token ids, and the task. Raises ValueError for an unknown method before the model is loaded.
     """
-    from retrieval_attn.bench.methods.named import Bench
+    from retrieval_attn.bench.methods.bench import Bench
     from retrieval_attn.bench.ppl.measure import left_to_do, read_and_measure
     from retrieval_attn.bench.quality.run import collect
     from retrieval_attn.bench.shared import machine

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval_attn.bench.methods.named import Bench, Method, OurTalk, Read, StockTalk
+from retrieval_attn.bench.methods.bench import Bench
+from retrieval_attn.bench.methods.named import Method
+from retrieval_attn.bench.methods.ours import OurTalk
+from retrieval_attn.bench.methods.stock import StockTalk
+from retrieval_attn.bench.methods.talk import Read
 from retrieval_attn.bench.shared.facts import prose
 from retrieval_attn.bench.shared.failures import FAILURES, fail
 from retrieval_attn.bench.shared.report import Row, short

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retrieval_attn.bench.methods.named import Answer, Bench, Method, Read, Talk
+from retrieval_attn.bench.methods.bench import Bench
+from retrieval_attn.bench.methods.named import Method
+from retrieval_attn.bench.methods.talk import Answer, Read, Talk
 from retrieval_attn.bench.quality.examples import Example, Prompts
 from retrieval_attn.bench.quality.rows import ROW_FIELDS
 from retrieval_attn.bench.quality.scoring import score

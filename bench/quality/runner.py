@@ -57,7 +57,7 @@ def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]]
 
     plan: what to run, given the loaded LLM. Raises ValueError for an unknown method before the model is loaded.
     """
-    from retrieval_attn.bench.methods.named import Bench
+    from retrieval_attn.bench.methods.bench import Bench
     from retrieval_attn.bench.quality.run import Runner, collect
     from retrieval_attn.bench.shared import machine
 
@@ -103,7 +103,7 @@ def as_report(settings: Settings, env: dict[str, Any], rows: list[Row]) -> Repor
 
 def load_llm(settings: Settings, weights: str = "auto") -> Any:
     """The model of a run, with transformers' own noise off."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
     from retrieval_attn.config import RetrievalConfig

@@ -1,6 +1,6 @@
 """Training dialogues in the forms that RULER, SCBench and needle tests ask in, for the embedded model.
 
-The sentences and questions are those of bench/ruler/tasks.py, scbench_tasks.py and needle_tasks.py; what is asked is
+The sentences and questions are those of the tasks of ruler, scbench and needle; what is asked is
 drawn anew. A document holds many answers and is asked for several, so that every token read teaches much.
 """
 
@@ -15,8 +15,9 @@ from retrieval_attn.bench.needle import tasks as needle_tasks
 from retrieval_attn.bench.ruler import tasks as ruler_tasks
 from retrieval_attn.bench.ruler.tasks import NIAH, NOISE, Names, ask_for
 from retrieval_attn.bench.scbench import tasks as scbench_tasks
-from retrieval_attn.bench.shared.facts import CITIES
-from retrieval_attn.bench.train.embedded import ASSISTANT, END, USER, Dialogue, Writer
+from retrieval_attn.bench.shared.facts import ADJECTIVES, CITIES
+from retrieval_attn.bench.train.dialogues import Dialogue, Writer
+from retrieval_attn.bench.train.tokenizer import ASSISTANT, END, USER
 
 # Tokens of turns behind a document, at most.
 MOST_TURNS = 1200
@@ -172,8 +173,8 @@ class Forms:
         rng = self.writer.rng
         names = Names(rng)
         needles = []
-        for i in rng.permutation(len(ruler_tasks.facts.ADJECTIVES))[: int(rng.integers(1, 20))]:
-            name, key = ruler_tasks.facts.ADJECTIVES[i], names.draw("numbers")[:5]
+        for i in rng.permutation(len(ADJECTIVES))[: int(rng.integers(1, 20))]:
+            name, key = ADJECTIVES[i], names.draw("numbers")[:5]
             asked = Asked(scbench_tasks.PASSKEY_ASK.format(name=name), "", f" {key}")
             needles.append(Piece(" " + scbench_tasks.PASSKEY.format(name=name, key=key), asked))
         room = n_tokens - 24 * len(needles)

@@ -13,7 +13,8 @@ from retrieval_attn.attention.decode import StepClock, decode
 from retrieval_attn.bench.fidelity.command import Fidelity, summary
 from retrieval_attn.bench.fidelity.measure import hold_out, indexes, measure_cache, step
 from retrieval_attn.bench.fidelity.planted import MARGIN, plant
-from retrieval_attn.bench.methods.named import Bench, parse_method
+from retrieval_attn.bench.methods.bench import Bench
+from retrieval_attn.bench.methods.named import parse_method
 from retrieval_attn.bench.ppl.measure import text_ids
 from retrieval_attn.bench.report.read import read_report
 from retrieval_attn.cli import main

@@ -11,9 +11,11 @@ from tiny_models import save_tiny_chat_model, tiny_model
 from transformers import DynamicCache
 
 import retrieval_attn as ra
+from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.faiss_rivals import FrozenIndex
-from retrieval_attn.bench.methods.named import METHODS, Bench, _nbytes, parse_method
+from retrieval_attn.bench.methods.named import METHODS, parse_method
 from retrieval_attn.bench.methods.streaming import StreamingLayer
+from retrieval_attn.bench.methods.talk import bytes_of
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.index import build_index
 from retrieval_attn.terminal.option_language import parse_pairs, split_pairs, words_of
@@ -196,5 +198,5 @@ def test_bytes_of_what_is_quantised_are_those_it_takes():
     held = torch.zeros(4, 64).as_subclass(Quantised)
     held.data_part, held.scale_part = torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4)
     layer = SimpleNamespace(keys=torch.zeros(2, 2), values=None, _quantized_keys=held, _quantized_values=(held, {}))
-    assert _nbytes(layer, "cpu") == 16 + 2 * (64 + 16)
-    assert _nbytes(layer, "cuda") == 0
+    assert bytes_of(layer, "cpu") == 16 + 2 * (64 + 16)
+    assert bytes_of(layer, "cuda") == 0

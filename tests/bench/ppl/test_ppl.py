@@ -8,7 +8,8 @@ import torch
 from tiny_models import save_tiny_chat_model
 
 from retrieval_attn import load
-from retrieval_attn.bench.methods.named import Bench, parse_method
+from retrieval_attn.bench.methods.bench import Bench
+from retrieval_attn.bench.methods.named import parse_method
 from retrieval_attn.bench.ppl.measure import Foretelling, divergence, judge, left_to_do, read_and_measure, text_ids
 from retrieval_attn.bench.report.read import read_report
 from retrieval_attn.cli import main
@@ -107,14 +108,14 @@ def test_what_is_done_is_not_done_again(bench):
 
 
 def test_a_method_that_fails_is_a_row(bench, monkeypatch):
-    monkeypatch.setattr("retrieval_attn.bench.methods.named._start_ours", lambda *given: 1 / 0)
+    monkeypatch.setattr("retrieval_attn.bench.methods.bench.start_ours", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measured(bench, ["scan"])
 
     def refuse(*given):
         raise MemoryError("no room\nat all")
 
-    monkeypatch.setattr("retrieval_attn.bench.methods.named._start_ours", refuse)
+    monkeypatch.setattr("retrieval_attn.bench.methods.bench.start_ours", refuse)
     full, scan = measured(bench, ["full", "scan"])
     assert full["status"] == "ok"
     assert (scan["status"], scan["reason"], scan["ppl"]) == ("oom", "no room", None)
@@ -124,7 +125,7 @@ def test_without_full_attention_methods_are_measured_but_not_compared(bench, mon
     def refuse(*given):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("retrieval_attn.bench.methods.named._start_stock", refuse)
+    monkeypatch.setattr("retrieval_attn.bench.methods.bench.start_stock", refuse)
     full, scan = measured(bench, ["full", "scan" + ALL])
     assert full["status"] == "oom"
     assert scan["ppl"] > 1

@@ -7,7 +7,8 @@ import pytest
 from tiny_models import save_tiny_chat_model
 
 import retrieval_attn as ra
-from retrieval_attn.bench.methods.named import Bench, parse_method
+from retrieval_attn.bench.methods.bench import Bench
+from retrieval_attn.bench.methods.named import parse_method
 from retrieval_attn.bench.quality import run as quality_run
 from retrieval_attn.bench.quality.examples import Example, Turn
 from retrieval_attn.bench.quality.format import cost_lines, render, score_table

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from retrieval_attn.bench.train.embedded import ASSISTANT, END, STAGES, USER, Stage, Writer, make_pools, plain_batches
+from retrieval_attn.bench.train.dialogues import Writer
 from retrieval_attn.bench.train.forms import FORMS, Forms
+from retrieval_attn.bench.train.prose import make_pools
+from retrieval_attn.bench.train.stages import STAGES, Stage, plain_batches
+from retrieval_attn.bench.train.tokenizer import ASSISTANT, END, USER
 from retrieval_attn.llm import EMBEDDED
 
 
