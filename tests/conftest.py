@@ -1,4 +1,8 @@
-"""What every test stands on: no network, fixed seeds, two threads, and memory that is NaN until it is written."""
+"""What every test stands on: no network, fixed seeds, few threads, and memory that is NaN until it is written.
+
+`--long` runs all: the tests marked `long` too, and five times the examples of every law, other ones each time. Without
+it each law is tried on the same examples every time.
+"""
 
 import os
 
@@ -6,6 +10,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait by spinning cost tiny tensors 12 to 25 times the processor time that the work needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton decides when it is imported whether kernels, its own library's among them, are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -14,14 +20,42 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
-N_THREADS = 2
+LEFT_OUT = "left to `make test-long`"
 
-torch.set_num_threads(min(N_THREADS, os.cpu_count() or 1))
+settings.register_profile("short", max_examples=100, deadline=None, database=None, derandomize=True)
+settings.register_profile("long", max_examples=500, deadline=None, database=None, print_blob=True)
+
+# One: `make test` runs a process on every core. numba's loops keep their threads.
+torch.set_num_threads(1)
 
 # A device context remembers torch's own allocators at its first use; let it see them before they are wrapped.
 with torch.device("cpu"):
     torch.empty(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests marked long, and five times the examples")
+
+
+def pytest_configure(config):
+    settings.load_profile("long" if config.getoption("--long") else "short")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--long") or config.getoption("-m"):
+        return
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=LEFT_OUT))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    n = sum(LEFT_OUT in str(report.longrepr) for report in skipped)
+    if n:
+        terminalreporter.write_line(f"{n} tests are {LEFT_OUT}, which also tries five times the examples of every law")
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retrieval_attn as ra
@@ -37,7 +38,7 @@ def test_stock_transformers_loads_it_and_it_is_small():
     assert (EMBEDDED / "model.safetensors").stat().st_size <= 16e6
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.text())
 def test_tokenizer_takes_any_text(text):
     tokenizer = _tokenizer()

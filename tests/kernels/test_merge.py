@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 from states import GAPS, SHAPE, assert_same, state, wide
 
 from retrieval_attn.kernels import AttentionState, merge, reference
@@ -12,14 +13,14 @@ lses = st.one_of(st.floats(-300, 300, width=32), st.sampled_from([-math.inf, 1e4
 
 
 @given(lses, lses)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_commutes(x, y):
     a, b = state(x, 1), state(y, 2)
     assert_same(merge(a, b), merge(b, a))
 
 
 @given(lses, lses, lses)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_associates(x, y, z):
     a, b, c = state(x, 1), state(y, 2), state(z, 3)
     assert_same(merge(merge(a, b), c), merge(a, merge(b, c)))
@@ -27,7 +28,7 @@ def test_associates(x, y, z):
 
 
 @given(lses, lses)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_is_the_definition_in_float64(x, y):
     a, b = state(x, 1), state(y, 2)
     merged, defined = merge(a, b), reference.merge(wide(a), wide(b))
@@ -36,7 +37,7 @@ def test_is_the_definition_in_float64(x, y):
 
 
 @given(lses)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_empty_is_the_identity_to_the_bit(x):
     a, none = state(x, 1), AttentionState.empty(SHAPE)
     for merged in (merge(a, none), merge(none, a), merge(none, a, none)):

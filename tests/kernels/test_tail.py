@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 from tail_layers import layer, relative
 
 from retrieval_attn.kernels import AttentionState, TailSummary, merge
@@ -71,7 +72,7 @@ def test_keys_that_are_all_alike_weigh_as_many_as_they_are(keys):
 
 
 @given(cuts=st.lists(st.integers(1, 700), max_size=4), back=st.integers(0, 600))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_follows_appends_and_truncation(cuts, back):
     _, keys, values, _ = layer(S=600 + sum(cuts), G=1, D=8)
     whole, n = TailSummary(keys[:, :600], values[:, :600]), 600

@@ -9,8 +9,9 @@ import threading
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 
 from retrieval_attn.kv.address_space import AddressSpace, OpenFile
 from retrieval_attn.kv.shared_rows import FEW, SharedRows
@@ -65,7 +66,7 @@ def disk(tmp_path_factory):
     return tmp_path_factory.mktemp("disk")
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(first=st.integers(1, 12_000), steps=changes, on_disk=st.booleans())
 def test_any_history_of_forks_crops_and_appends(disk, first, steps, on_disk):
     """Beside plain tensors that are copied at every step."""

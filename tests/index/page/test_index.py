@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from index_vectors import as_bfloat16, attention_like, recall
+from laws import examples
 
 from retrieval_attn.arrays import as_float32
 from retrieval_attn.index import build_index, load_index
@@ -93,7 +94,6 @@ def keys_and_query(draw):
 
 
 @given(keys_and_query())
-@settings(max_examples=200, deadline=None)
 @example((np.full((1, 16, 4), np.finfo(np.float32).max, np.float32), np.full(4, -1e-30, np.float32)))
 @example((np.full((1, 16, 4), 1e-45, np.float32), np.full(4, 3e38, np.float32)))
 def test_no_key_scores_above_the_bound_of_its_page(keys_query):
@@ -146,7 +146,6 @@ def test_the_page_that_overflows_is_opened():
 
 
 @given(arrays(np.float32, st.integers(1, 60), elements=st.floats(width=32, allow_nan=False)), st.data())
-@settings(max_examples=300, deadline=None)
 def test_the_largest_are_chosen_and_of_equal_ones_the_first(values, data):
     n = data.draw(st.integers(1, len(values)))
     out = np.empty(n, np.int64)
@@ -303,7 +302,7 @@ def same_index(a, b, queries):
 
 @every_score
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_any_history_gives_the_index_of_what_is_left(score, data):
     scene = attention_like(n_keys=400, n_queries=8, n_later=2, dim=16)
     options = {"page_size": 8, "score": score, "n_reps": 2, "lift": data.draw(st.sampled_from([None, 0.25]))}

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 from peaky import DTYPES, float32_rounding, peaky
 
 from retrieval_attn.kernels import SparseIndex, attend_sparse, reference
@@ -81,7 +82,7 @@ def test_lengths(dtype, T, S, diagonal):
     width=st.sampled_from([16, 64]), n_blocks=st.integers(0, 4), n_columns=st.integers(0, 40), seed=st.integers(0, 999),
     diagonal=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_index_is_what_the_mask_says(T, past, R, rows, width, n_blocks, n_columns, seed, diagonal):
     inputs = peaky(B=2, G=1, R=R, T=T, S=T + past, D=16)
     width = min(width, rows)

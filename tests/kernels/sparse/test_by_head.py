@@ -1,7 +1,8 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 from peaky import DTYPES, float32_rounding, peaky
 
 from retrieval_attn.kernels import HeadPattern, attend_adaptive, attend_dense, attend_patterns, reference
@@ -25,7 +26,7 @@ def assert_dense(state, query, keys, values, scale):
     T=st.integers(1, 200), past=st.integers(0, 200), R=st.sampled_from([1, 2, 4]),
     kinds=st.lists(st.sampled_from(sorted(EVERYTHING)), min_size=8, max_size=8),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_patterns_that_read_everything_are_dense_whatever_each_head_has(T, past, R, kinds):
     inputs = peaky(G=2, R=R, T=T, S=T + past, B=2, D=16)
     assert_dense(attend_patterns(*inputs, [EVERYTHING[kind] for kind in kinds[: 2 * R]]), *inputs)
@@ -53,7 +54,7 @@ def test_a_needle_off_the_pattern_is_missed_and_found_by_the_heads_that_look_the
 
 
 @given(T=st.integers(1, 300), past=st.integers(0, 300), R=st.sampled_from([1, 2]), B=st.sampled_from([1, 2]))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_flat_attention_is_left_dense(T, past, R, B):
     """Random inputs have nothing to leave out: sparse attention would be wrong."""
     query, keys, values, scale = peaky(G=2, R=R, T=T, S=T + past, B=B, D=16)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from coverage_checks import assert_named_once
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 
 from retrieval_attn.kernels import reference
 from retrieval_attn.kernels.sparse.coverage import Coverage, Layout, list_blocks, list_coverage, stack_heads
@@ -13,7 +14,6 @@ SIZES = {"T": st.integers(1, 200), "past": st.integers(0, 200), "shape": st.samp
 
 
 @given(**SIZES, seed=st.integers(0, 999), n_columns=st.integers(0, 30))
-@settings(max_examples=100, deadline=None)
 def test_every_run_reads_the_diagonals_and_the_columns_and_nothing_else(T, past, shape, seed, n_columns):
     make = torch.Generator().manual_seed(seed)
     layout = Layout(T, T + past, *shape)
@@ -38,7 +38,7 @@ def test_every_run_reads_the_diagonals_and_the_columns_and_nothing_else(T, past,
 
 
 @given(**SIZES, seed=st.integers(0, 999))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_blocks_chosen_run_by_run(T, past, shape, seed):
     layout = Layout(T, T + past, *shape)
     reads = torch.rand((2, layout.n_runs, layout.n_blocks), generator=torch.Generator().manual_seed(seed)) < 0.4

@@ -3,8 +3,9 @@ import pytest
 import torch
 from chosen_heads import D, S, T, left_out, made, single_needles
 from coverage_checks import assert_named_once
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 
 from retrieval_attn.kernels import reference
 from retrieval_attn.kernels.sparse import by_head, near_best
@@ -35,7 +36,7 @@ def scores_of(query, keys, scale, layout):
     n=st.integers(1, 200), past=st.integers(0, 400), R=st.sampled_from([1, 2, 4]), seed=st.integers(0, 999),
     delta=st.sampled_from([0.5, 2.0, 6.0]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_what_is_listed_is_near_the_best_of_some_query(n, past, R, seed, delta, dtype):
     make = torch.Generator().manual_seed(seed)
     layout = Layout(n, n + past)

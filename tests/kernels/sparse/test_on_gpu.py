@@ -4,8 +4,9 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 from peaky import float32_rounding, in_own_dtype, peaky
 
 from retrieval_attn.kernels import reference
@@ -107,7 +108,7 @@ sizes = st.sampled_from([16, 32, 64])
 
 
 @given(st.integers(1, 70), st.integers(0, 90), sizes, sizes, st.floats(0, 1), st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_any_index(T, past, rows, width, density, seed):
     torch.manual_seed(seed)
     query, keys, *rest = peaky(G=1, R=1, T=T, S=past + T)

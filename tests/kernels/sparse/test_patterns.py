@@ -1,7 +1,8 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import examples
 from patterned import RATIOS, SIZES, made
 
 from retrieval_attn.kernels import HeadPattern, reference
@@ -20,7 +21,7 @@ def listed(pattern, query, keys, layout):
 
 
 @given(**SIZES, kind=st.sampled_from(["a_shape", "vertical_slash", "block_sparse"]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_full_budget_is_dense(T, past, R, seed, kind):
     layout = Layout(T, T + past)
     reads = listed(HeadPattern(kind, 1 << 20, 1 << 20), *made(T, layout.S, R, seed), layout)
@@ -29,7 +30,7 @@ def test_a_full_budget_is_dense(T, past, R, seed, kind):
 
 
 @given(**SIZES, sink=st.integers(0, 100), local=st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_shape_reads_the_first_and_the_last_tokens(T, past, R, seed, sink, local):
     layout = Layout(T, T + past)
     reads = listed(HeadPattern("a_shape", sink, local), *made(T, layout.S, R, seed), layout)
@@ -78,7 +79,7 @@ def test_the_last_queries_say_what_all_read():
 
 
 @given(**SIZES, n_best=st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_block_sparse_reads_the_best_means(T, past, R, seed, n_best):
     layout = Layout(T, T + past)
     query, keys = made(T, layout.S, R, seed)

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from laws import examples
 from patterned import SIZES, made
 
 from retrieval_attn.kernels.sparse.coverage import Layout
@@ -23,7 +24,7 @@ def causal_softmax(query, keys):
 
 
 @given(**SIZES)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_probes_and_their_diagonals_are_those_of_the_attention_matrix(T, past, R, seed):
     query, keys = made(T, T + past, R, seed)
     rows = torch.arange(max(0, T - 64), T)
@@ -38,7 +39,7 @@ def test_probes_and_their_diagonals_are_those_of_the_attention_matrix(T, past, R
 
 
 @given(**SIZES)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_what_is_seen_is_the_attention_matrix_without_what_is_always_read(T, past, R, seed):
     query, keys = made(T, T + past, R, seed)
     layout = Layout(T, T + past)
