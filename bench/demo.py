@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from retrieval_attn.bench.shared.facts import Document, Fact, document
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.llm import EMBEDDED, LLM, load
 from retrieval_attn.session import Session
 from retrieval_attn.terminal.bar import PhaseBar, wait_for_indexes
@@ -178,7 +179,7 @@ def ask_full_attention(
     cache = DynamicCache(config=model.config)
     with console.status(f"full attention reads the same {count(n_read)} tokens, in one pass"):
         started = time.perf_counter()
-        model.base_model(input_ids=_row(report.read_ids, model), past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=_row(report.read_ids, model), **cache_argument(cache), use_cache=True)
         report.read_s = time.perf_counter() - started
     _say(console, f"full attention read {count(n_read)} tokens in {report.read_s:.1f} s")
     for question in questions:
@@ -198,7 +199,7 @@ def _greedy(model: Any, cache: DynamicCache, ids: list[int], stop_ids: Sequence[
     started = time.perf_counter()
     while not answer or (answer[-1] not in stop_ids and len(answer) < MOST_NEW_TOKENS):
         new = _row(answer[-1:] or ids, model)
-        logits = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=new, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits
         answer.append(int(logits[0, -1].argmax()))
         seconds, started = time.perf_counter() - started, time.perf_counter()
         (report.steps_s if len(answer) > 1 else report.ttft_s).append(seconds)

@@ -21,6 +21,7 @@ from retrieval_attn.generate import (
     summarise,
 )
 from retrieval_attn.hf.cache import RetrievalCache
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.plan.plan import MemoryPlan
 
 # Any id of the vocabulary would do: it is masked wherever it stands.
@@ -132,10 +133,8 @@ class BatchRequest:
         self._drawn_at.append(time.perf_counter() - started)
 
     def _inputs(self, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Any]:
-        return {
-            "input_ids": ids, "attention_mask": mask, "position_ids": positions,
-            "past_key_values": self.cache, "use_cache": True,
-        }  # fmt: skip
+        fed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return {**fed, **cache_argument(self.cache), "use_cache": True}
 
     def _logits(self, inputs: dict[str, Any]) -> Tensor:
         return self.model(**inputs, logits_to_keep=1).logits[:, -1]

@@ -17,6 +17,7 @@ from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.prefill_policy import EXACT_TAIL, PrefillCounts
 from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.hf.cache import RetrievalCache
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.plan.terms import ModelShape, stored_kv
 
 REPORT_EVERY_S = 0.2
@@ -197,7 +198,7 @@ class Request:
                 if want_logits and stop == n:
                     logits = self._forward(part)
                 else:
-                    self.model.base_model(input_ids=part, past_key_values=self.cache, use_cache=True)
+                    self.model.base_model(input_ids=part, **cache_argument(self.cache), use_cache=True)
                 done = stop
                 self._on_progress(Progress("prefill", done, n))
         self.stats.prefill_s = time.perf_counter() - started
@@ -220,7 +221,7 @@ class Request:
         return token
 
     def _forward(self, ids: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids, **cache_argument(self.cache), use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import retrieval_attn as ra
 from retrieval_attn.bench.shared.facts import document
 from retrieval_attn.far.estimators import FarState
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.kernels import AttentionState
 from retrieval_attn.llm import EMBEDDED
 
@@ -89,7 +90,7 @@ def test_without_far_keys_it_cannot_know(llm, document_8k, monkeypatch):
             session.cache.crop(-1)
             token, answer = ids[-1], []
             for _ in range(8):
-                out = llm.model(torch.tensor([[token]]), past_key_values=session.cache)
+                out = llm.model(torch.tensor([[token]]), **cache_argument(session.cache))
                 token = int(out.logits[0, -1].argmax())
                 answer.append(token)
         session._cached = [*ids, *answer[:-1]]

@@ -11,6 +11,7 @@ from tiny_models import prompt_ids, save_tiny_chat_model, tiny_model
 import retrieval_attn as ra
 import retrieval_attn.far.far_index
 from retrieval_attn.hf.layer import RetrievalLayer
+from retrieval_attn.hf.versions import cache_argument
 
 EVERYTHING = 1 << 20
 TEXT = "The lighthouse keeper counts ships. " * 8
@@ -97,7 +98,7 @@ def test_a_fork_takes_next_to_no_memory():
     cache = ra.RetrievalCache(model.config, small("scan", n_local=64, top_k=8))
     with torch.no_grad(), cache.exact():
         for start in range(0, 8000, 2000):
-            model(prompt_ids(8000)[:, start : start + 2000], past_key_values=cache)
+            model(prompt_ids(8000)[:, start : start + 2000], **cache_argument(cache))
     fork = cache.fork()
     for mine, theirs in zip(fork.memories, cache.memories, strict=True):
         assert mine.length == theirs.length == 8000
@@ -126,9 +127,9 @@ def block_error(monkeypatch, config, start=200, n=300):
     with torch.no_grad():
         stock = tiny_model("llama", "sdpa")(ids).logits[0, start:]
         with cache.exact():
-            model(ids[:, :start], past_key_values=cache)
+            model(ids[:, :start], **cache_argument(cache))
         with cache.retrieving():
-            ours = model(ids[:, start:], past_key_values=cache).logits[0]
+            ours = model(ids[:, start:], **cache_argument(cache)).logits[0]
     return float((ours - stock).norm() / stock.norm())
 
 
@@ -166,8 +167,10 @@ def test_int8_stays_near_the_model(index):
     for kv_dtype in ("auto", "int8"):
         cache = ra.RetrievalCache(model.config, small(index, kv_dtype=kv_dtype))
         with torch.no_grad():
-            model(ids[:, :500], past_key_values=cache)
-            logits.append(torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(500, 520)]))
+            model(ids[:, :500], **cache_argument(cache))
+            logits.append(
+                torch.cat([model(ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(500, 520)])
+            )
         stored = cache.memories[0].store
         assert stored.keys().dtype == (torch.int8 if kv_dtype == "int8" else torch.float32)
     assert 0 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.2
@@ -179,8 +182,8 @@ def int8_memory():
     ids, model = prompt_ids(300), tiny_model("llama")
     cache = ra.RetrievalCache(model.config, small("scan", kv_dtype="int8"))
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)
+        model(ids, **cache_argument(cache))
+        model(ids[:, :1], **cache_argument(cache))
     return cache.memories[1]
 
 
@@ -294,9 +297,9 @@ def test_an_append_that_nobody_waits_for_does_no_harm(folders, monkeypatch, capl
     model, ids = tiny_model("llama"), prompt_ids(400)
     cache = ra.RetrievalCache(model.config, small("scan"))
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         for i in range(200):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **cache_argument(cache))
             for memory in cache.memories:
                 memory.far_index._appending = None
     assert "searched exactly" not in caplog.text
@@ -317,11 +320,11 @@ class TestLimits:
         model, per_token = tiny_model("llama"), 3 * 2 * 2 * 16 * 4
         cache = ra.RetrievalCache(model.config, small(max_host_bytes=100 * per_token))
         with torch.no_grad():
-            model(prompt_ids(40), past_key_values=cache)
+            model(prompt_ids(40), **cache_argument(cache))
             cache.batch_repeat_interleave(2)
-            model(prompt_ids(10, batch=2), past_key_values=cache)
+            model(prompt_ids(10, batch=2), **cache_argument(cache))
             with pytest.raises(MemoryError, match="50 tokens fill max_host_bytes"):
-                model(prompt_ids(1, batch=2), past_key_values=cache)
+                model(prompt_ids(1, batch=2), **cache_argument(cache))
 
     def test_max_tokens_limits_prompt_and_answer(self, folders):
         llm = ra.load(folders("llama"), small(max_tokens=100), dtype="float32")
@@ -344,12 +347,12 @@ class TestLimits:
         for config in (small(max_tokens=250), small(max_host_bytes=250 * per_token)):
             cache = ra.RetrievalCache(model.config, config)
             with torch.no_grad():
-                model(ids[:, :200], past_key_values=cache)
+                model(ids[:, :200], **cache_argument(cache))
                 with pytest.raises(MemoryError, match=r"max_tokens=250|250 tokens fill max_host_bytes"):
-                    model(ids[:, 200:], past_key_values=cache)
+                    model(ids[:, 200:], **cache_argument(cache))
                 cache.settle()
                 assert cache.get_seq_length() == 200
-                model(ids[:, 200:250], past_key_values=cache)
+                model(ids[:, 200:250], **cache_argument(cache))
 
     def test_every_layer_is_a_retrieval_layer_after_a_fork(self):
         cache = ra.RetrievalCache(tiny_model("llama").config, small())
@@ -366,12 +369,12 @@ def test_a_fork_with_other_options_is_a_cache_made_with_them(kind, options):
 
     def steps(cache):
         with torch.no_grad():
-            return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(20)])
+            return torch.cat([model(ids[:, i : i + 1], **cache_argument(cache)).logits[0] for i in range(20)])
 
     def read(config):
         cache = ra.RetrievalCache(model.config, config)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         return cache
 
     origin, expected = read(before), steps(read(before))

@@ -9,6 +9,7 @@ import retrieval_attn as ra
 from retrieval_attn.attention import prefill
 from retrieval_attn.attention.pattern_files import save_patterns
 from retrieval_attn.generate import chunk_ends
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.kernels import HeadPattern
 
 CONFIG = ra.RetrievalConfig(index="exact", top_k=1 << 20, n_sink=4, n_local=16, exact_below=0, prefill_chunk=50)
@@ -132,7 +133,7 @@ def test_layers_have_their_own_patterns_and_a_file_that_goes_is_not_missed(folde
         given = [layer.policy.patterns[0] for layer in cache.retrieval_layers]
         assert given == layers
         with torch.no_grad():
-            logits.append(llm.model(torch.tensor([LONG]), past_key_values=cache).logits[0, -1])
+            logits.append(llm.model(torch.tensor([LONG]), **cache_argument(cache)).logits[0, -1])
     assert not torch.allclose(logits[0], logits[2], atol=1e-3)
     assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 

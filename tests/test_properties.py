@@ -19,6 +19,7 @@ from torch import Tensor
 import retrieval_attn as ra
 from retrieval_attn.config import Sampling
 from retrieval_attn.generate import Request
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.kv.host_store import HostStore
 from retrieval_attn.kv.shared_rows import SharedRows
 from retrieval_attn.kv.window import Split, Window, split
@@ -146,7 +147,7 @@ class Side:
 
     def run(self) -> None:
         with self.recording(), torch.no_grad():
-            ours(self.kind)(**self.inputs(self.n_cached), past_key_values=self.cache)
+            ours(self.kind)(**self.inputs(self.n_cached), **cache_argument(self.cache))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import retrieval_attn as ra
 from retrieval_attn import cli, search_patterns
 from retrieval_attn.attention.pattern_files import ABSENT, load_patterns
 from retrieval_attn.hf.attention import watched_attention
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.kernels import HeadPattern, attend_dense, reference
 from retrieval_attn.kernels.sparse.coverage import Layout
 from retrieval_attn.kernels.sparse.patterns import fixed_index
@@ -167,7 +168,7 @@ def test_a_model_reads_on_with_dense_attention(kind, monkeypatch):
     stock = tiny_model(kind, "sdpa")
     cache = DynamicCache(config=stock.config)
     with torch.no_grad():
-        stock(torch.tensor([ids()]), past_key_values=cache)
+        stock(torch.tensor([ids()]), **cache_argument(cache))
     full = [i for i in range(3) if kind == "llama" or i == 1]
     for i, layer in zip(full, seen, strict=True):
         assert torch.allclose(layer.keys, cache.layers[i].keys, rtol=1e-3, atol=1e-3)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import retrieval_attn as ra
+from retrieval_attn.hf.versions import cache_argument
 
 FOLDER = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 
@@ -21,7 +22,7 @@ def cases():
 def greedy(model, case, cache=None):
     prompt = torch.tensor([case["prompt_ids"]])
     n_new = len(case["greedy_ids"]) - len(case["prompt_ids"])
-    return model.generate(prompt, past_key_values=cache, max_new_tokens=n_new, do_sample=False)[0].tolist()
+    return model.generate(prompt, **cache_argument(cache), max_new_tokens=n_new, do_sample=False)[0].tolist()
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case["prompt"][:20])

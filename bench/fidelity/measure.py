@@ -23,6 +23,7 @@ from retrieval_attn.bench.methods.ours import build_hnsw
 from retrieval_attn.far.far_index import n_covered
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.hf.layer import RetrievalLayer
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.index import Index, SearchResult, build_index
 from retrieval_attn.index.lift import Lift
 from retrieval_attn.kernels import AttentionState, attend_far, attend_near, merge
@@ -132,7 +133,7 @@ def hold_out(model: Any, cache: RetrievalCache, asking: list[int]) -> list[Held]
     twin = cache.fork()
     with twin.working(), twin.exact():
         tokens = torch.tensor([asking], device=model.device)
-        model.base_model(input_ids=tokens, past_key_values=twin, use_cache=True)
+        model.base_model(input_ids=tokens, **cache_argument(twin), use_cache=True)
         queries = [memory.sample.queries()[:, -len(asking) :] for memory in twin.memories]
         return [Held.of(*pair) for pair in zip(queries, cache.memories, strict=True)]
 

@@ -14,6 +14,7 @@ from retrieval_attn.bench.shared.machine import PeakMemory, synchronize
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import chunk_ends
+from retrieval_attn.hf.versions import cache_argument
 
 # The first is stock transformers with sdpa, the prompt in one pass. The weights are random, and so is what heads look
 # at: "auto" decides by that, the last one reads as much of any prompt.
@@ -112,7 +113,7 @@ def _run(model: LlamaForCausalLM, method: str, ids: Tensor, device: str, row: Ro
 
 def _stock(model: LlamaForCausalLM, method: str, ids: Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=ids, **cache_argument(cache), use_cache=True)
     return cache
 
 
@@ -122,7 +123,7 @@ def _ours(model: LlamaForCausalLM, method: str, ids: Tensor) -> DynamicCache:
     cache, done = retrieval_attn.RetrievalCache(model.config, config), 0
     with cache.exact():
         for stop in chunk_ends(ids.shape[1], config):
-            model.base_model(input_ids=ids[:, done:stop], past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=ids[:, done:stop], **cache_argument(cache), use_cache=True)
             done = stop
     return cache
 

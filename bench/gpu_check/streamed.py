@@ -19,6 +19,7 @@ from retrieval_attn.bench.gpu_check import correct as gpu_correct
 from retrieval_attn.bench.gpu_check.end_to_end import random_ids, random_model
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import chunk_ends
+from retrieval_attn.hf.versions import cache_argument
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -106,7 +107,7 @@ def read(model: LlamaForCausalLM, ids: Tensor, config: RetrievalConfig) -> Tenso
 
 def _chunks(model: LlamaForCausalLM, ids: Tensor, ends: list[int], cache: Any) -> Iterator[Tensor]:
     for start, stop in itertools.pairwise(ends):
-        yield model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits[0]
+        yield model(input_ids=ids[:, start:stop], **cache_argument(cache), use_cache=True).logits[0]
 
 
 def _check_kept(cache: retrieval_attn.RetrievalCache, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from retrieval_attn.config import Sampling
 from retrieval_attn.generate import Request, chunk_ends
 from retrieval_attn.hf.cache import RetrievalCache
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.llm import LLM
 
 log = logging.getLogger("retrieval_attn")
@@ -140,7 +141,7 @@ class Scorer:
         with cache.working(), cache.exact():
             for stop in chunk_ends(len(body), cache.config):
                 part = torch.tensor([body[done:stop]], device=self.llm.model.device)
-                self.llm.model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+                self.llm.model.base_model(input_ids=part, **cache_argument(cache), use_cache=True)
                 done = stop
         cache.start_builds()
         return cache, self._step(cache, context[-1])
@@ -163,7 +164,7 @@ class Scorer:
             cache.start_builds()
         ids = torch.tensor([[token]], device=self.llm.model.device)
         with cache.working():
-            out = self.llm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.llm.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         logits = out.logits[0, -1].float()
         if torch.isnan(logits).any():
             raise ValueError("the model's logits hold NaN; check its weights and dtype (try dtype='float32')")

@@ -20,6 +20,7 @@ from retrieval_attn.bench.shared.machine import PeakMemory, require_memory, sync
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.generate import Request
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.llm import EMBEDDED, LLM
 
 CHECKED_STEPS = 4
@@ -111,7 +112,9 @@ class Rival:
     def _forward(self, ids: list[int], cache: DynamicCache) -> Tensor:
         tokens = torch.tensor([ids], device=self._model.device)
         return (
-            self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            self._model(input_ids=tokens, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+            .logits[:, -1]
+            .float()
         )
 
 
@@ -188,7 +191,9 @@ def _feed(model: Any, cache: Any, tokens: list[int]) -> Tensor:
     rows = []
     for token in tokens:
         ids = torch.tensor([[token]], device=model.device)
-        rows.append(model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float())
+        rows.append(
+            model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        )
     return torch.cat(rows)
 
 

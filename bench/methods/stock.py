@@ -18,6 +18,7 @@ from retrieval_attn.bench.shared.machine import synchronize
 from retrieval_attn.hf.attention import NAME
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.hf.layer import RetrievalLayer
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.llm import LLM
 
 
@@ -88,7 +89,7 @@ def start_stock(llm: LLM, method: Method, ids: list[int], read: Read | None) -> 
         # One pass needs no mask, and takes half the time that chunks take.
         with attending(llm.model, implementation):
             tokens = torch.tensor([ids], device=llm.model.device)
-            llm.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            llm.model.base_model(input_ids=tokens, **cache_argument(cache), use_cache=True)
         synchronize(str(llm.model.device))
         read_s = time.perf_counter() - started
     return StockTalk(llm, implementation, cache, read_s, 0.0 if method.name == "streaming" else 1.0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from retrieval_attn.hf.cache import RetrievalCache
+from retrieval_attn.hf.versions import cache_argument
 
 
 class Answer(NamedTuple):
@@ -78,5 +79,5 @@ def forward(model: Any, ids: Sequence[int], cache: DynamicCache) -> Tensor:
     start = cache.get_seq_length()
     positions = torch.arange(start, start + tokens.shape[1], device=model.device)[None]
     return model(
-        input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=tokens, position_ids=positions, **cache_argument(cache), use_cache=True, logits_to_keep=1
     ).logits[:, -1]

@@ -19,6 +19,7 @@ from retrieval_attn.bench.shared.facts import Document, Fact, document
 from retrieval_attn.bench.vectors.real import Capture, LayerVectors
 from retrieval_attn.far.query_sample import QuerySample
 from retrieval_attn.hf.attention import watched_attention
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.llm import LLM, load
 
 # What the runtime keeps near by default: those keys are in no index.
@@ -62,7 +63,7 @@ def capture(
         cache = DynamicCache(config=llm.model.config)
         say(f"reading {n_tokens} tokens")
         recorder.reading = True
-        llm.model.base_model(input_ids=_row(script.document, llm), past_key_values=cache, use_cache=True)
+        llm.model.base_model(input_ids=_row(script.document, llm), **cache_argument(cache), use_cache=True)
         recorder.reading = False
         answers = _answer_all(llm, cache, script, recorder, n_heldout, say)
         layers = recorder.layers(slice(N_SINK, n_tokens - N_LOCAL), len(answers.runs))
@@ -206,7 +207,7 @@ def _answer_all(
         n = question.n_answer
         # The last token of an answer ends it and asks nothing; the token before the answer asks for its first.
         ids = _row(question.ids[:-1], llm)
-        logits = llm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=n).logits
+        logits = llm.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=n).logits
         right += [a == b for a, b in zip(logits[0].argmax(-1).tolist(), question.ids[-n:], strict=True)]
         recorder.keep_last(n)
         runs += [i] * n

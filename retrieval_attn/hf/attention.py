@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from retrieval_attn.hf.versions import ALL_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function, sdpa_mask
+from retrieval_attn.hf.versions import (
+    ALL_ATTENTION_FUNCTIONS,
+    CACHE_ARGUMENT,
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+)
 
 NAME = "retrieval"
 
@@ -54,7 +60,7 @@ def attend(
             raise ValueError(
                 f"attention 'retrieval' in layer {getattr(module, 'layer_idx', '?')} needs the cache "
                 "retrieval_attn.RetrievalCache(model.config, config), got another cache or none; pass it as "
-                "past_key_values=, or load the model with attn_implementation='sdpa'"
+                f"{CACHE_ARGUMENT}=, or load the model with attn_implementation='sdpa'"
             )
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -37,7 +37,7 @@ class RetrievalCache(DynamicCache):
     (after `retrieval_attn.register()`), one cache per conversation:
 
         cache = RetrievalCache(model.config, RetrievalConfig(top_k=100))
-        model.generate(ids, past_key_values=cache)
+        model.generate(ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
     Several tokens at once attend exactly, or as `config.prefill` says; a single token retrieves, or is exact, too,
     inside `exact()`; inside `retrieving()` several retrieve, too. Not for use from two threads at once.

@@ -1,12 +1,29 @@
 """Differences between the transformers versions we serve (4.57 to 5.x), and nothing else."""
 
+import inspect
 from typing import Any
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "AttentionMaskInterface", "causal_mask_function", "query_length", "sdpa_mask"]
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "CACHE_ARGUMENT",
+    "AttentionMaskInterface",
+    "cache_argument",
+    "causal_mask_function",
+    "query_length",
+    "sdpa_mask",
+]
+
+# The name by which forward passes and `generate` take a cache: all of transformers renamed it at once, in 5.24.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands a cache to a model: `model(ids, **cache_argument(cache))`."""
+    return {CACHE_ARGUMENT: cache}
 
 
 def query_length(argument: Any) -> int:

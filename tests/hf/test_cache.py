@@ -6,6 +6,7 @@ from tiny_models import COMMON, MODELS, prompt_ids, tiny_config, tiny_model
 from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import retrieval_attn as ra
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.index import build_index
 from retrieval_attn.kv.window import Split, split
 
@@ -24,7 +25,7 @@ def small(index: str = "exact", **options) -> ra.RetrievalConfig:
 
 
 def greedy(model, ids, cache=None, n=12, **options):
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=n, do_sample=False, **options)
+    out = model.generate(ids, **cache_argument(cache), max_new_tokens=n, do_sample=False, **options)
     return out[:, ids.shape[1] :].tolist()
 
 
@@ -46,8 +47,8 @@ def test_a_wrong_far_key_changes_the_output(kind, monkeypatch):
     for top_k in (EVERYTHING, 1):
         cache = ra.RetrievalCache(model.config, small(top_k=top_k, estimator="topk"))
         with torch.no_grad():
-            model(ids[:, :-1], past_key_values=cache)
-            logits.append(model(ids[:, -1:], past_key_values=cache).logits)
+            model(ids[:, :-1], **cache_argument(cache))
+            logits.append(model(ids[:, -1:], **cache_argument(cache)).logits)
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
@@ -57,8 +58,8 @@ def step_error(kind, index="graph"):
     cache = ra.RetrievalCache(model.config, small(index))
     with torch.no_grad():
         stock = tiny_model(kind, "sdpa")(ids).logits[0, 280:]
-        model(ids[:, :280], past_key_values=cache)
-        ours = [model(ids[:, i : i + 1], past_key_values=cache).logits[0, 0] for i in range(280, 300)]
+        model(ids[:, :280], **cache_argument(cache))
+        ours = [model(ids[:, i : i + 1], **cache_argument(cache)).logits[0, 0] for i in range(280, 300)]
     return float((torch.stack(ours) - stock).norm() / stock.norm())
 
 
@@ -106,7 +107,7 @@ def test_prefill_in_chunks_equals_one_piece(chunk):
         cache = ra.RetrievalCache(model.config, small())
         with torch.no_grad(), cache.exact():
             for start in range(0, 300, size):
-                model(ids[:, start : start + size], past_key_values=cache)
+                model(ids[:, start : start + size], **cache_argument(cache))
         states.append(cache)
     for one, other in zip(states[0].memories, states[1].memories, strict=True):
         torch.testing.assert_close(one.store.keys(), other.store.keys(), rtol=1e-4, atol=1e-4)
@@ -144,8 +145,8 @@ def test_position_gaps_do_not_change_membership():
     for cache, attention in zip(caches, ("retrieval", "sdpa"), strict=True):
         model.set_attn_implementation(attention)
         with torch.no_grad():
-            model(ids[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
-            logits.append(model(ids[:, -1:], position_ids=positions[:, -1:], past_key_values=cache).logits)
+            model(ids[:, :-1], position_ids=positions[:, :-1], **cache_argument(cache))
+            logits.append(model(ids[:, -1:], position_ids=positions[:, -1:], **cache_argument(cache)).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
     assert caches[0].memories[0].split == (4, 184, 200)
 
@@ -155,7 +156,7 @@ def test_follow_up_turn_runs_only_new_tokens():
     first, second = prompt_ids(300), prompt_ids(40, seed=1)
     model = tiny_model("llama")
     cache = ra.RetrievalCache(model.config, small())
-    answer = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    answer = model.generate(first, **cache_argument(cache), max_new_tokens=8, do_sample=False)
     ids = torch.cat([answer, second], dim=1)
     lengths = []
     handle = model.model.register_forward_pre_hook(
@@ -190,7 +191,7 @@ def test_crop_and_go_on_equals_a_run_that_never_went_there(index, tokens):
     model = tiny_model("llama")
     config = small(index)
     cache = ra.RetrievalCache(model.config, config)
-    model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(ids, **cache_argument(cache), max_new_tokens=1, do_sample=False)
     cache.start_builds()
     cache.crop(tokens)
     assert cache.get_seq_length() == 270
@@ -202,7 +203,7 @@ def test_crop_keeps_all_layers_alike_when_one_refuses():
     model = tiny_model("gemma3")
     cache = ra.RetrievalCache(model.config, small())
     with torch.no_grad():
-        model(prompt_ids(200), past_key_values=cache)
+        model(prompt_ids(200), **cache_argument(cache))
     with pytest.raises(ValueError, match="cannot go back to 190 tokens"):
         cache.crop(-10)
     assert {layer.get_seq_length() for layer in cache.layers} == {200}
@@ -213,7 +214,7 @@ def test_interrupted_forward_pass_is_settled(monkeypatch):
     cache = ra.RetrievalCache(model.config, small())
     ids = prompt_ids(200)
     with torch.no_grad():
-        model(ids[:, :150], past_key_values=cache)
+        model(ids[:, :150], **cache_argument(cache))
     attend, calls = type(cache.layers[1]).attend, []
 
     def interrupt(self, *args):
@@ -224,7 +225,7 @@ def test_interrupted_forward_pass_is_settled(monkeypatch):
 
     monkeypatch.setattr(type(cache.layers[1]), "attend", interrupt)
     with torch.no_grad(), pytest.raises(KeyboardInterrupt):
-        model(ids[:, 150:], past_key_values=cache)
+        model(ids[:, 150:], **cache_argument(cache))
     monkeypatch.undo()
     assert {layer.get_seq_length() for layer in cache.layers} == {150, 200}
     cache.settle()
@@ -240,7 +241,7 @@ class TestRefusals:
     def test_foreign_cache_of_a_hybrid(self):
         model = tiny_model("gemma3")
         with pytest.raises(ValueError, match="layer 1 needs the cache"):
-            model(prompt_ids(10), past_key_values=DynamicCache(config=model.config))
+            model(prompt_ids(10), **cache_argument(DynamicCache(config=model.config)))
 
     def test_models_that_cannot_be_served(self):
         from transformers import DeepseekV3Config, Gemma2Config, MambaConfig, T5Config
@@ -258,16 +259,16 @@ class TestRefusals:
         model = tiny_model("llama")
         cache = ra.RetrievalCache(model.config, small(top_k=10))
         with torch.no_grad():
-            model(prompt_ids(200), past_key_values=cache)
+            model(prompt_ids(200), **cache_argument(cache))
             model.model.layers[0].self_attn.q_proj.weight.fill_(torch.nan)
             with pytest.raises(ValueError, match=r"NaN"):
-                model(prompt_ids(1), past_key_values=cache)
+                model(prompt_ids(1), **cache_argument(cache))
 
     def test_four_dimensional_mask(self):
         model = tiny_model("llama")
         cache = ra.RetrievalCache(model.config, small())
         with pytest.raises(ValueError, match="padding masks"):
-            model(prompt_ids(4), attention_mask=torch.zeros(1, 1, 4, 4), past_key_values=cache)
+            model(prompt_ids(4), attention_mask=torch.zeros(1, 1, 4, 4), **cache_argument(cache))
 
 
 def test_kv_stays_16_bit_and_unchanged():
@@ -278,9 +279,9 @@ def test_kv_stays_16_bit_and_unchanged():
     cache = ra.RetrievalCache(config, small())
     ids = prompt_ids(200)
     with torch.no_grad():
-        model(ids, past_key_values=stock)
+        model(ids, **cache_argument(stock))
         model.set_attn_implementation("retrieval")
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     memory = cache.memories[0]
     assert memory.store.keys().dtype == torch.bfloat16
     assert torch.equal(memory.store.keys(), stock.layers[0].keys[0])
@@ -295,11 +296,11 @@ class TestInterruptions:
         model, ids = tiny_model("llama"), prompt_ids(300)
         cache = ra.RetrievalCache(model.config, small("graph"))
         with torch.no_grad():
-            model(ids[:, :298], past_key_values=cache)
-            model(ids[:, 298:299], past_key_values=cache)
+            model(ids[:, :298], **cache_argument(cache))
+            model(ids[:, 298:299], **cache_argument(cache))
             with monkeypatch.context() as patched, pytest.raises(error):
                 patched.setattr(where, _raising(error))
-                model(ids[:, 299:], past_key_values=cache)
+                model(ids[:, 299:], **cache_argument(cache))
         return model, cache, ids
 
     @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ class TestInterruptions:
         model, ids = tiny_model("llama"), prompt_ids(300)
         cache = ra.RetrievalCache(model.config, small())
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         cache.start_builds()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr("retrieval_attn.far.far_index.FarIndex._take_build", _raising(KeyboardInterrupt))
@@ -337,14 +338,14 @@ class TestInterruptions:
         model, ids = tiny_model("gemma3"), prompt_ids(200)
         cache = ra.RetrievalCache(model.config, small())
         with torch.no_grad():
-            model(ids[:, :150], past_key_values=cache)
+            model(ids[:, :150], **cache_argument(cache))
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
                 patched.setattr("retrieval_attn.hf.layer.prefill", _raising(KeyboardInterrupt))
-                model(ids[:, 150:], past_key_values=cache)
+                model(ids[:, 150:], **cache_argument(cache))
             cache.settle()
             assert cache.spoiled
             with pytest.raises(ValueError, match="start a new cache"):
-                model(ids[:, 150:], past_key_values=cache)
+                model(ids[:, 150:], **cache_argument(cache))
 
 
 def _raising(error):
@@ -364,7 +365,7 @@ def test_cache_with_a_model_of_another_attention_is_refused():
     """Its new tokens would be attended to alone, and the rest of the context silently ignored."""
     model = tiny_model("llama", "sdpa")
     with pytest.raises(ValueError, match="must be loaded with attn_implementation='retrieval'"):
-        model.generate(prompt_ids(100), past_key_values=ra.RetrievalCache(model.config, small()), max_new_tokens=3)
+        model.generate(prompt_ids(100), **cache_argument(ra.RetrievalCache(model.config, small())), max_new_tokens=3)
 
 
 def test_a_model_with_recurrent_layers_is_served_but_cannot_go_back():
@@ -403,7 +404,7 @@ def test_a_build_that_fails_is_reported_and_keys_are_searched_exactly(monkeypatc
         failing_builds(patched)
         cache = ra.RetrievalCache(model.config, small("graph", top_k=8))
         with torch.no_grad():
-            model(ids[:, :-1], past_key_values=cache)
+            model(ids[:, :-1], **cache_argument(cache))
         if background:
             for build in cache.start_builds():
                 assert isinstance(build.exception(), MemoryError)
@@ -436,7 +437,7 @@ def test_an_outgrown_index_is_built_anew():
     kinds = []
     with torch.no_grad():
         for length in (200, 400):
-            model(prompt_ids(length), past_key_values=cache)
+            model(prompt_ids(length), **cache_argument(cache))
             cache.start_builds()
             kinds.append({memory.index().kind for memory in cache.memories})
     assert kinds == [{"exact"}, {"graph"}]

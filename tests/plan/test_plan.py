@@ -15,6 +15,7 @@ from retrieval_attn.attention.layer_memory import LayerMemory, MemoryShape
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.index_choice import bytes_per_key
 from retrieval_attn.far.query_sample import QuerySample
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.index import build_index
 from retrieval_attn.kernels import TailSummary
 from retrieval_attn.plan import terms as plan_terms
@@ -99,7 +100,7 @@ def test_terms_are_what_a_model_holds(kind):
     cache = RetrievalCache(model.config, config)
     ids = torch.randint(2, 128, (1, 1500))
     with torch.no_grad(), cache.exact():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_argument(cache), logits_to_keep=1)
     for memory in cache.memories:
         memory.index()
     shape = ModelShape.of(model.config, torch.float32)

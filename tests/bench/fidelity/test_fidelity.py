@@ -20,6 +20,7 @@ from retrieval_attn.bench.report.read import read_report
 from retrieval_attn.cli import main
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.far_index import n_covered
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.index.scan.index import ScanIndex
 
 CONTEXT, N = 700, 12
@@ -96,7 +97,7 @@ def test_held_out_is_exact_attention_of_the_tokens_that_follow(bench, ids, read,
     try:
         twin = read.cache.fork()
         with torch.no_grad(), twin.exact():
-            bench.llm.model(torch.tensor([ids[CONTEXT:]]), past_key_values=twin)
+            bench.llm.model(torch.tensor([ids[CONTEXT:]]), **cache_argument(twin))
     finally:
         for layer in bench.llm.model.model.layers:
             layer.self_attn.o_proj._forward_pre_hooks.clear()

@@ -26,6 +26,7 @@ from retrieval_attn.bench.gpu_check.run import SHARES, TINY, Budget
 from retrieval_attn.bench.kernels.rows import Limits
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import follow_builds
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.kernels import AttentionState, attend_near, attend_sparse, merge
 from retrieval_attn.plan.terms import CUDA_CONTEXT
 
@@ -392,7 +393,7 @@ def test_a_budget_that_is_not_filled_is_found():
     config = RetrievalConfig(device_kv_budget=100 * gpu_streamed.TOKEN_BYTES + 1)
     cache = retrieval_attn.RetrievalCache(model.config, config)
     with torch.no_grad(), cache.exact():
-        model(input_ids=gpu_end_to_end.random_ids(model, 200), past_key_values=cache, use_cache=True)
+        model(input_ids=gpu_end_to_end.random_ids(model, 200), **cache_argument(cache), use_cache=True)
     gpu_streamed._check_kept(cache, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"must keep 100 tokens of a layer, got \[0\]"):
         gpu_streamed._check_kept(cache, torch.device("cuda"))

@@ -17,6 +17,7 @@ from retrieval_attn.bench.methods.named import METHODS, parse_method
 from retrieval_attn.bench.methods.streaming import StreamingLayer
 from retrieval_attn.bench.methods.talk import bytes_of
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.index import build_index
 from retrieval_attn.terminal.option_language import parse_pairs, split_pairs, words_of
 
@@ -98,7 +99,7 @@ def test_streaming_is_full_attention_under_a_mask():
     with torch.no_grad():
         for start, stop in zip(starts, [*starts[1:], 60], strict=True):
             positions = torch.arange(start, stop)[None]
-            last = model(input_ids=ids[:, start:stop], position_ids=positions, past_key_values=cache, use_cache=True)
+            last = model(input_ids=ids[:, start:stop], position_ids=positions, **cache_argument(cache), use_cache=True)
     assert cache.get_seq_length() == 60
     assert all(layer.keys.shape[2] == n_sink + n_local for layer in cache.layers)
     # The same by a mask over a whole pass: token i of a pass that began at s sees what was kept at s, and s to i.

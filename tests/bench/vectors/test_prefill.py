@@ -9,6 +9,7 @@ from retrieval_attn.bench.vectors.capture import _Script
 from retrieval_attn.bench.vectors.marks import N_SINK, PARTS, Text, part_of
 from retrieval_attn.bench.vectors.mixed import MIXES, Mix, mixed
 from retrieval_attn.bench.vectors.prefill import check_source, prefill_vectors
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.kernels import reference
 from retrieval_attn.llm import EMBEDDED, load
 
@@ -117,7 +118,7 @@ def test_a_real_layer_is_what_stock_attention_is_given():
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         ids = torch.tensor([_Script.written(load(None), S, 1, None).document])
-        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=ids, **cache_argument(cache), use_cache=True)
     assert torch.equal(made.keys, cache.layers[1].keys)
     assert torch.equal(made.values, cache.layers[1].values)
     out = reference.attend_dense(*made, made.query.shape[3] ** -0.5, causal=True).out

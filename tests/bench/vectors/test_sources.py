@@ -16,6 +16,7 @@ from retrieval_attn.bench.vectors.sources import (
     shaped,
     vectors,
 )
+from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.llm import EMBEDDED, load
 
 S, H, G, D = 6000, 8, 2, 128
@@ -171,7 +172,7 @@ def test_a_capture_holds_what_the_stock_model_keeps(captured):
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, attn_implementation="sdpa", dtype="auto").eval()
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model.base_model(input_ids=torch.tensor([script.document]), past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=torch.tensor([script.document]), **cache_argument(cache), use_cache=True)
     assert sorted(captured.layers) == [0, 1, 2]
     for i, layer in captured.layers.items():
         assert torch.equal(layer.keys, cache.layers[i].keys[0, :, 128:-512])
