@@ -37,7 +37,7 @@ def attend_near(
     if query.device.type == "cuda" and _is_one_launch(query, keys, values):
         from retrieval_attn.kernels.gpu.near import attend_near as launch
 
-        return launch(query, keys, values, scale, mask)
+        return AttentionState(*launch(query, keys, values, scale, mask))
     if mask is None:
         return attend_dense(query, keys, values, scale)
     state = attend(_masked_scores(query, keys, scale, mask), values.to(common_dtype(query, keys, values, wide=True)))

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retrieval_attn.kernels.merge import AttentionState
 
 # The least that a matrix product takes. More would only leave fewer programs: a step has R * T rows a KV head.
 ROWS = 16
@@ -31,8 +30,8 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 def attend_near(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None = None
-) -> AttentionState:
-    """`near.attend_near` for what that has checked: one dtype and one dimension, at least one query and one key."""
+) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` of `near.attend_near`, for what that has checked: one dtype and dimension, a query and a key."""
     B, H, T, D = query.shape
     G, W = keys.shape[1:3]
     rows = H // G * T
@@ -47,7 +46,7 @@ def attend_near(
             query, keys, values, seen, out, lse, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *seen.stride(), scale, G, rows, T, W, **constants, **options,
         )  # fmt: skip
-    return AttentionState(out, lse)
+    return out, lse
 
 
 def settings(D: int, dtype: torch.dtype, masked: bool) -> tuple[dict[str, int | bool], dict[str, int]]:

@@ -8,8 +8,15 @@ import torch
 from peaky import assert_as_exact_as_its_dtype, peaky
 from triton_compile import Build, assert_fits, compile_case, some_of
 
-from retrieval_attn.kernels import near
-from retrieval_attn.kernels.gpu.near import attend_near, settings
+from retrieval_attn.kernels import AttentionState, near
+from retrieval_attn.kernels.gpu import near as gpu_near
+from retrieval_attn.kernels.gpu.near import settings
+
+
+def attend_near(*inputs):
+    """The state that the kernel makes."""
+    return AttentionState(*gpu_near.attend_near(*inputs))
+
 
 DTYPES = [torch.float32, torch.float16]
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
