@@ -121,7 +121,8 @@ def _with_far(
     lap.to("merge")
     _note(clock, memory, found, newest.length, out)
     every = memory.config.verify_every
-    if every and hits is not None and index is not None and clock.steps % every == 0:
+    # Of this sequence, whose memory it is: the clock counts the steps of all rows of a batch.
+    if every and hits is not None and index is not None and memory.steps % every == 0:
         _verify(on_host, memory, index, far, hits, (near, read), out, scale, clock)
     return out
 

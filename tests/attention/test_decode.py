@@ -86,6 +86,73 @@ def test_verification_sees_what_an_index_misses():
     assert clock.recall < 0.5
 
 
+def share_of_the_best(t, k, S=4000):
+    """Of step t, the true share of the window, of the newest far keys and of the k best others; over all heads."""
+    query, keys, _, scale = layer(S=S)
+    R = query.shape[1] // len(keys)
+    weights = torch.softmax(query[0, :, t].double() @ keys.double().repeat_interleave(R, 0).mT * scale, dim=-1)
+    weights = torch.stack([weights[h, h] for h in range(len(weights))])
+    covered = slice(4, 4 + n_covered(S - 36))
+    best = weights[:, covered].topk(k).values.sum(-1)
+    return float((best + weights.sum(-1) - weights[:, covered].sum(-1)).mean())
+
+
+def test_the_verified_mass_is_the_true_share_of_what_was_read():
+    _, clock, _ = steps(n=3, estimator="topk", top_k=20, share_group=False, verify_every=1)
+    true = [share_of_the_best(t, 20) for t in range(3)]
+    assert max(true) < 0.9
+    assert clock.mass == pytest.approx(sum(true), rel=1e-4)
+
+
+def test_the_recovered_mass_is_about_the_true_one():
+    """By the estimator's own account; counted with the wrong sign it was above 1."""
+    _, clock, _ = steps(n=3, estimator="tail", top_k=20, share_group=False, verify_every=1)
+    assert clock.mass / clock.checks < 0.9
+    assert clock.recovered / clock.steps == pytest.approx(clock.mass / clock.checks, abs=0.05)
+
+
+@pytest.mark.parametrize("estimator", ["topk", "tail", "lift"])
+def test_int8_is_verified_against_the_values_that_the_integers_stand_for(estimator):
+    _, clock, _ = steps(n=3, estimator=estimator, top_k=10_000, verify_every=1, kv_dtype="int8")
+    assert clock.worst_error < 1e-5
+    assert clock.recall == 3
+    assert clock.mass == pytest.approx(3, rel=1e-4)
+    errors, clock, _ = steps(n=3, estimator=estimator, top_k=20, verify_every=1, kv_dtype="int8")
+    assert clock.error == pytest.approx(sum(errors), rel=0.1)
+    assert clock.mass < 2.9
+
+
+@pytest.mark.parametrize("estimator", ["topk", "tail", "lift"])
+def test_top_k_keys_are_read_whatever_they_stand_for(estimator):
+    """A sample searches for one key more, which only sets its threshold."""
+    _, clock, _ = steps(n=2, estimator=estimator, top_k=20)
+    assert clock.used / clock.steps == 20 + 4000 - 36 - n_covered(4000 - 36)
+
+
+def test_every_row_of_a_batch_is_verified():
+    """The layer's clock counts the steps of all rows: with two rows, every second step was one row's for ever."""
+    query, keys, values, scale = layer(T=4)
+    clock, errors = StepClock(), []
+    whole, few = (memory_of(keys, values, query, top_k=k, estimator="topk", verify_every=2) for k in (10_000, 20))
+    for t in range(4):
+        for memory in (whole, few):
+            out = decode(query[:, :, t : t + 1], memory, scale, clock).out
+        errors.append(relative(out, attend_near(query[:, :, t : t + 1], keys[None], values[None], scale).out))
+    assert clock.checks == 4
+    assert clock.error == pytest.approx(errors[1] + errors[3], rel=1e-3)
+
+
+def test_a_crop_forgets_how_far_the_last_step_reached():
+    query, keys, values, scale = layer()
+    memory = memory_of(keys, values, query, index="graph", mass=0.9, min_k=2)
+    decode(query[:, :, :1], memory, scale, StepClock())
+    assert memory.reach is not None
+    assert memory.last_ids is not None
+    memory.crop(keys.shape[1] - 1)
+    assert memory.reach is None
+    assert memory.last_ids is None
+
+
 def test_tokens_that_leave_the_window_enter_the_estimate():
     query, keys, values, scale = layer(S=4000)
     memory = memory_of(keys[:, :3000], values[:, :3000], query)

@@ -65,6 +65,21 @@ def test_a_sample_is_unbiased_in_numerator_and_denominator():
     assert float(torch.exp(biased.lse.double() - true.lse)) < 0.8
 
 
+def test_a_sampled_key_weighs_what_the_best_key_left_out_does_or_its_own_weight_if_that_is_more():
+    """By definition: the last key found, of largest priority among the others, sets the threshold and is not read."""
+    query, keys, values, scale = layer(S=700)
+    index, hits = found_in(query, keys, 33, scale)
+    state = estimate_attention(query, keys, values, hits, scale, estimator="lift", lift=index.lift).state
+    R = query.shape[1] // len(keys)
+    for h, t in np.ndindex(*hits.ids.shape[:2]):
+        ids = torch.from_numpy(hits.ids[h, t, :-1]).long()
+        scores = keys[h // R, ids].double() @ query[0, h, t].double() * scale
+        raised = scores.clamp_min(float(hits.scores[h, t, -1]) * scale)
+        assert (raised > scores).any()
+        assert float(state.lse[0, h, t]) == pytest.approx(float(raised.logsumexp(0)), abs=1e-4)
+        assert relative(state.out[0, h, t], raised.softmax(0) @ values[h // R, ids].double()) < 1e-4
+
+
 @pytest.mark.parametrize("estimator", ["tail", "lift"])
 def test_the_recovered_share_is_what_was_read(estimator):
     query, keys, values, scale = layer()
