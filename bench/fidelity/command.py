@@ -200,10 +200,17 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def plot_heads(report: Report, path: Path) -> None:
-    """Heat-maps of heads by layers: a row of panels per measure, a column per method and context. Bright is good."""
-    from retrieval_attn.bench.shared.pictures import figure_of
+    """Write heat-maps of heads by layers to a .png or .svg file."""
+    from retrieval_attn.bench.shared.pictures import save
 
     rows = [row for row in report["results"] if row["status"] == "ok"]
+    save(lambda: _maps(rows), f"{title(report)}; bright is good", path)
+
+
+def _maps(rows: list[Row]) -> Any:
+    """A figure with a row of panels per measure, a column per method and context."""
+    from retrieval_attn.bench.shared.pictures import figure_of
+
     columns = list(dict.fromkeys((row["method"], row["context"]) for row in rows)) or [("", 0)]
     layers, heads = ([*dict.fromkeys(row[name] for row in rows)] for name in ("layer", "head"))
     wide, high = max(1.5, 0.08 * len(heads)), max(1.2, 0.08 * len(layers))
@@ -214,14 +221,13 @@ def plot_heads(report: Report, path: Path) -> None:
             own = [row[name] for row in rows if (row["method"], row["context"]) == (method, context)]
             drawn = _draw(panel, name, own, layers, heads)
         panels[0].set_ylabel("layer", fontsize=8)
-        bar = figure.colorbar(drawn, ax=panels.tolist())
+        bar = figure.colorbar(drawn, ax=panels.tolist(), format="{x:g}")
         bar.set_label(_LABELS[name], fontsize=8)
         bar.ax.tick_params(labelsize=7)
     for i, (method, context) in enumerate(columns):
         grid[0][i].set_title(f"{method}, {short(context)}".replace(":", "\n"), fontsize=8)
         grid[-1][i].set_xlabel("query head", fontsize=8)
-    figure.suptitle(f"{title(report)}; bright is good", fontsize=10)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 _LABELS = {"error": "error (relative L2)", "mass": "mass read", "recall": "recall", "planted": "planted, found"}
@@ -242,5 +248,6 @@ def _draw(panel: Any, name: str, numbers: Sequence[float | None], layers: list[i
         drawn = panel.imshow(cells, aspect="auto", cmap="cividis", vmin=0, vmax=1)
     for axis, named in ((panel.xaxis, heads), (panel.yaxis, layers)):
         step = 1 + len(named) // 9
+        panel.grid(visible=False)
         axis.set_ticks(range(0, len(named), step), named[::step], fontsize=7)
     return drawn

@@ -6,7 +6,7 @@ from typing import Any
 
 from retrieval_attn.bench.kernels.rows import ROW_FIELDS
 from retrieval_attn.bench.shared.machine import device_note
-from retrieval_attn.bench.shared.pictures import figure_of, scale_contexts
+from retrieval_attn.bench.shared.pictures import add_key, draw_lines, figure_of, log_axis, save, styles
 from retrieval_attn.bench.shared.report import Columns, Report, Row, as_csv, as_json, bullets, reasons, table
 
 # Markdown columns: heading, key of the row, how a number is written.
@@ -40,30 +40,25 @@ def render(report: Report, form: str) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Speed beside sdpa against length, and below it the error; a line per method."""
-    figure = figure_of(7.5, 7.5)
-    speed, error = figure.subplots(2, 1, sharex=True)
-    rows = [row for row in report["results"] if row["status"] == "ok" and row["part"] == "prefill"]
-    for axes, key in ((speed, "speedup_vs_sdpa"), (error, "rel_error")):
-        _draw(axes, rows, key)
-        axes.grid(alpha=0.3)
-    speed.set_ylabel("times as fast as sdpa, chunk by chunk")
-    error.set_ylabel("relative error of the output")
-    error.set_xlabel("prompt (tokens)")
-    scale_contexts(error, (row["context"] for row in rows))
-    if rows:
-        speed.legend(frameon=False)
-    speed.set_title(_title(report), fontsize=10)
-    figure.savefig(path, dpi=150)
+    """Write a picture of speed beside sdpa against length to a .png or .svg file."""
+    rows = [row for row in report["results"] if row["status"] == "ok"]
+    save(lambda: chart(rows), _title(report), path)
 
 
-def _draw(axes: Any, rows: list[Row], key: str) -> None:
-    for method in dict.fromkeys(row["method"] for row in rows):
-        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["context"])
-        points = [(row["context"], row[key]) for row in line if row[key]]
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=method)
+def chart(rows: list[Row]) -> Any:
+    """A figure of prefill's speed beside sdpa against length, and below it the error; a line per method."""
+    rows = [row for row in rows if row["part"] == "prefill"]
+    figure = figure_of(7.6, 6.4)
+    speed, error = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    looks = styles(row["method"] for row in rows)
+    draw_lines(speed, rows, "speedup_vs_sdpa", looks)
+    draw_lines(error, rows, "rel_error", looks)
+    speed.set(ylabel="times as fast as sdpa, chunk by chunk", ylim=(0, None))
+    error.set(ylabel="relative error of the output", xlabel="prompt (tokens)")
     if rows:
-        axes.set_yscale("log")
+        log_axis(error, "y")
+    add_key(figure, looks)
+    return figure
 
 
 def _title(report: Report) -> str:

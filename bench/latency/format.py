@@ -1,9 +1,10 @@
 """A report of `bench latency` as a Markdown table, JSON, CSV, or a picture."""
 
 from pathlib import Path
+from typing import Any
 
 from retrieval_attn.bench.shared.machine import device_note
-from retrieval_attn.bench.shared.pictures import figure_of, scale_contexts
+from retrieval_attn.bench.shared.pictures import lines_of, log_axis, save
 from retrieval_attn.bench.shared.report import Columns, Report, Row, as_csv, as_json, bullets, reasons, table
 
 # Markdown columns: heading, key of the row, how a number is written.
@@ -71,27 +72,18 @@ def render(report: Report, form: str) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Latency against context, a line per method, its p20 to p80 shaded; both axes logarithmic."""
-    figure = figure_of(7.5, 4.8)
-    axes = figure.add_subplot()
+    """Write a picture of latency against context to a .png or .svg file."""
     rows = [row for row in report["results"] if row["status"] == "ok"]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["context"])
-        at = [row["context"] for row in line]
-        (drawn,) = axes.plot(at, [row["total_ms"] for row in line], marker="o", label=method)
-        axes.fill_between(
-            at, [row["total_p20_ms"] for row in line], [row["total_p80_ms"] for row in line],
-            color=drawn.get_color(), alpha=0.15, linewidth=0,
-        )  # fmt: skip
-    scale_contexts(axes, (row["context"] for row in rows))
+    save(lambda: chart(rows, report["config"]["mode"]), _title(report), path)
+
+
+def chart(rows: list[Row], mode: str) -> Any:
+    """A figure of latency against context, a line per method, its p20 to p80 shaded; both axes logarithmic."""
+    per = "token" if mode == "model" else "step and layer"
+    figure = lines_of(rows, "total_ms", f"milliseconds per {per}", band=("total_p20_ms", "total_p80_ms"))
     if rows:
-        axes.set_yscale("log")
-        axes.legend(frameon=False)
-    axes.set_xlabel("context (tokens)")
-    axes.set_ylabel("milliseconds per " + ("token" if report["config"]["mode"] == "model" else "step and layer"))
-    axes.set_title(_title(report), fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+        log_axis(figure.axes[0], "y")
+    return figure
 
 
 def _title(report: Report) -> str:

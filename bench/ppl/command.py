@@ -168,28 +168,8 @@ def as_text(report: Report, form: str, scores_only: bool, fields: tuple[str, ...
 
 
 def plot_lines(report: Report, path: Path) -> None:
-    """Perplexity against context, a line per method."""
-    from retrieval_attn.bench.shared.pictures import figure_of
+    """Write a picture of perplexity against context to a .png or .svg file."""
+    from retrieval_attn.bench.shared.pictures import lines_of, save
 
-    figure = figure_of(7.5, 4.6)
-    axes = figure.add_subplot()
-    rows = sorted((row for row in report["results"] if row["status"] == "ok"), key=lambda row: row["context"])
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in report["results"])):
-        own = [row for row in rows if row["method"] == method]
-        # Methods that are as good as full attention lie on its line: each next one is drawn smaller.
-        axes.plot(
-            [row["context"] for row in own], [row["ppl"] for row in own], label=method,
-            marker="osD^vPX*"[i % 8], markersize=max(3, 10 - 1.2 * i), linewidth=max(1, 3 - 0.5 * i),
-        )  # fmt: skip
-    # A logarithmic axis without data would warn about its limits.
-    if rows:
-        contexts = sorted({row["context"] for row in rows})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(contexts, [short(n) for n in contexts])
-        axes.minorticks_off()
-        axes.legend(frameon=False)
-    axes.set_xlabel("context (tokens)")
-    axes.set_ylabel("perplexity of the tokens that follow")
-    axes.set_title(title(report), fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    rows = [row for row in report["results"] if row["status"] == "ok"]
+    save(lambda: lines_of(rows, "ppl", "perplexity of the tokens that follow"), title(report), path)

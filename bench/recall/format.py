@@ -1,12 +1,13 @@
 """A report of `bench recall` as a Markdown table, JSON, CSV, and a picture per source."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from retrieval_attn.bench.recall.curves import at_error, at_recall, curves, growth
 from retrieval_attn.bench.recall.estimators import ESTIMATORS
 from retrieval_attn.bench.shared.machine import device_note
-from retrieval_attn.bench.shared.pictures import figure_of
+from retrieval_attn.bench.shared.pictures import figure_of, log_axis, save, styles
 from retrieval_attn.bench.shared.report import Columns, Report, Row, as_csv, as_json, bullets, short, table
 from retrieval_attn.bench.vectors.sources import properties_table
 
@@ -102,19 +103,20 @@ def plot(report: Report, folder: Path) -> list[Path]:
     for source, context, seed in dict.fromkeys((row["source"], row["context"], row["seed"]) for row in rows):
         part = [row for row in rows if (row["source"], row["context"], row["seed"]) == (source, context, seed)]
         path = folder / f"recall-{source.replace(':', '')}-{short(context)}-seed{seed}.png"
-        _draw(part, f"{source}, {context:,} keys, seed {seed}: {device_note(report['env'], 'cpu')}", path)
+        title = f"{source}, {context:,} keys, seed {seed}: {device_note(report['env'], 'cpu')}"
+        save(partial(_drawn, part), title, path)
         pictures.append(path)
     return pictures
 
 
-def _draw(rows: list[Row], title: str, path: Path) -> None:
-    """Colours are methods, line styles are estimators; efforts along a line in their order."""
+def _drawn(rows: list[Row]) -> Any:
+    """A figure; colours are methods, line styles are estimators; efforts along a line in their order."""
     from matplotlib.lines import Line2D
 
     figure = figure_of(12.5, 4.8)
     errors, recalls = figure.subplots(1, 2)
     lines = {method: line for (*_, method), line in curves(rows).items()}
-    colours = {method: f"C{i}" for i, method in enumerate(lines)}
+    colours = {method: look["color"] for method, look in styles(lines).items()}
     for method, line in lines.items():
         for name, style in _STYLES.items():
             points = [(row[f"step_{name}_us"], row[f"err_{name}"]) for row in line if row[f"err_{name}"]]
@@ -123,17 +125,16 @@ def _draw(rows: list[Row], title: str, path: Path) -> None:
         points = [(row["visited_pct"], row["recall"]) for row in line]
         recalls.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[method])
     if errors.has_data():
-        errors.set(xscale="log", yscale="log")
+        log_axis(errors, "x")
+        log_axis(errors, "y")
     errors.set(xlabel="microseconds per layer and step, search and attention", ylabel="relative L2 error of the output")
-    recalls.set(xscale="log", xlabel="keys visited (%)", ylabel=f"recall@{rows[0]['top_k']}")
-    for axes in (errors, recalls):
-        axes.grid(alpha=0.3)
+    log_axis(recalls, "x")
+    recalls.set(xlabel="keys visited (%)", ylabel=f"recall@{rows[0]['top_k']}")
     drawn = [name for name in _STYLES if any(row[f"err_{name}"] for row in rows)]
     key = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
     key += [Line2D([], [], color="black", ls=_STYLES[name], label=name) for name in drawn]
-    figure.legend(handles=key, loc="outside right center", frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.legend(handles=key, loc="outside right center", fontsize=8)
+    return figure
 
 
 def _as_markdown(report: Report) -> str:

@@ -18,6 +18,12 @@ Report = dict[str, Any]
 Columns = list[tuple[str, str, str]]
 
 
+def results_folder() -> Path:
+    """Where reports lie by default: bench/results in the source tree, the current folder for an installed package."""
+    kept = Path(__file__).resolve().parents[1] / "results"
+    return kept if kept.is_dir() else Path()
+
+
 def check_writable(path: Path, flag: str) -> None:
     """Raise ValueError now if a file cannot be written later."""
     folder = path.parent
