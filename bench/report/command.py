@@ -6,12 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from retrieval_attn.bench.report.page import page
 from retrieval_attn.bench.report.read import Found, read_folder
 from retrieval_attn.bench.report.readme import BLOCKS, rewritten
-from retrieval_attn.bench.report.svg import check_matplotlib
-from retrieval_attn.bench.shared.report import check_writable
-
-RESULTS = Path(__file__).parents[1] / "results"
+from retrieval_attn.bench.shared.pictures import NO_PICTURES, can_draw
+from retrieval_attn.bench.shared.report import check_writable, results_folder
 
 
 def _option(text: str, *names: str, **more: Any) -> Any:
@@ -20,8 +19,9 @@ def _option(text: str, *names: str, **more: Any) -> Any:
 
 def command(
     results: Annotated[
-        Path, _option("The folder of reports, *.json.", "--results", show_default="bench/results")
-    ] = RESULTS,
+        Path | None,
+        _option("The folder of reports, *.json; bench/results of the source tree, or the current folder.", "--results"),
+    ] = None,
     out: Annotated[Path | None, _option("Write the page to this .html file.", "--out", "-o")] = None,
     readme: Annotated[Path | None, _option(f"Rewrite the blocks {', '.join(BLOCKS)} in it.", "--readme")] = None,
     check: Annotated[
@@ -31,18 +31,18 @@ def command(
     """Collect reports into one HTML page that needs nothing else, and into the tables of a README.
 
     A block of the README is what stands between <!-- bench report: NAME --> and <!-- end -->. A file that is no report
-    is named and skipped.
+    is named and skipped. Pictures need matplotlib: the extra "plot".
     """
     _check(out, readme, check)
-    found = read_folder(results)
+    found = read_folder(results or results_folder())
     for name, reason in found.skipped:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     # What is wrong with the README is said before anything is written.
     before = readme.read_bytes() if readme is not None else b""
     after = _blocks(before, found, readme) if readme is not None else b""
     if out is not None:
-        from retrieval_attn.bench.report.page import page
-
+        if not can_draw():
+            print(NO_PICTURES, file=sys.stderr)
         out.write_bytes(page(found).encode("utf-8", "replace"))
     if before == after:
         return
@@ -68,7 +68,6 @@ def _check(out: Path | None, readme: Path | None, check: bool) -> None:
         if out.suffix.lower() != ".html":
             raise ValueError(f"--out must end in .html, got {str(out)!r}")
         check_writable(out, "--out")
-        check_matplotlib()
 
 
 def _blocks(text: bytes, found: Found, readme: Path) -> bytes:

@@ -13,6 +13,7 @@ import typer
 
 from retrieval_attn.bench.quality import options as q
 from retrieval_attn.bench.shared.options import parse_contexts
+from retrieval_attn.bench.shared.pictures import can_draw
 from retrieval_attn.bench.shared.report import short
 
 # What a command that Ctrl-C ended leaves behind.
@@ -72,9 +73,8 @@ def command(
     from retrieval_attn.bench.report import command as report
 
     page = folder / "report.html"
-    if _can_draw():
-        report.command(results=folder, out=page)
-    print(f"reports are in {folder}" + (f"; all of them on one page: {page}" if _can_draw() else ""))
+    report.command(results=folder, out=page)
+    print(f"reports are in {folder}; all of them on one page: {page}")
     if failures:
         print(f"failed: {', '.join(failures)}", file=sys.stderr)
         raise typer.Exit(1)
@@ -88,7 +88,7 @@ def _run(name: str, folder: Path, asked: dict[str, Any], resume: bool) -> bool:
     print(f"\n## {name}\n", flush=True)
     # Flags have no value.
     words = [word for key, value in asked.items() if value is not None for word in (f"--{key}", str(value)) if word]
-    words += ["--out", str(out), *(["--plot", str(out.with_suffix(".png"))] if _can_draw() else [])]
+    words += ["--out", str(out), *(["--plot", str(out.with_suffix(".png"))] if can_draw() else [])]
     words += ["--resume"] if resume else []
     started = time.perf_counter()
     try:
@@ -126,9 +126,3 @@ def _call(name: str, words: list[str]) -> int:
     if status == INTERRUPTED:
         raise KeyboardInterrupt
     return int(status)
-
-
-def _can_draw() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("matplotlib") is not None

@@ -1,20 +1,24 @@
 """The page of results and the README's tables: every number is there, nothing of a report can break them."""
 
+import base64
 import html
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
 import typer
+from markupsafe import escape
 from typer.testing import CliRunner
 
 from retrieval_attn.bench.quality.scores import ends, score, score_lines
 from retrieval_attn.bench.report import command as report
-from retrieval_attn.bench.report import svg as report_svg
 from retrieval_attn.bench.report.read import KINDS, Report, read_folder, read_report
 from retrieval_attn.bench.report.readme import LATENCY_FILE, RECALL_FILE
-from retrieval_attn.bench.report.tables import LONGEST_TEXT, as_html, tables
+from retrieval_attn.bench.report.tables import LONGEST_TEXT, cell, tables
+from retrieval_attn.bench.shared import pictures
+from retrieval_attn.bench.shared.report import results_folder
 
 EVIL = "<script>alert(1)</script> & \"a\" $x_1$ | <!-- end -->"  # fmt: skip
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -170,18 +174,23 @@ class Seen(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.texts, self.links, self.ids, self.labels = set(), [], [], [], []
+        self.tags, self.texts, self.links, self.ids, self.images = set(), [], [], [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         found = dict(attrs)
-        self.links += [(tag, found[name]) for name in ("src", "href", "xlink:href", "data", "srcset") if name in found]
+        self.links += [found[name] for name in ("src", "href", "data", "srcset") if name in found]
         self.ids += [found["id"]] if "id" in found else []
-        self.labels += [found.get("aria-label")] if tag == "svg" else []
+        self.images += [found] if tag == "img" else []
 
     def handle_data(self, data):
         self.texts.append(data)
+
+
+def drawn(uri):
+    """The text of a picture that an address holds."""
+    return base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")).decode()
 
 
 def test_a_page_is_the_same_on_every_run(made):
@@ -192,13 +201,12 @@ def test_a_page_is_the_same_on_every_run(made):
 def test_every_kind_has_a_section_and_a_picture_that_says_what_it_is(made):
     seen = Seen(made[1][0].decode())
     assert set(KINDS) <= set(seen.ids)
-    assert len(seen.labels) == len(KINDS)
-    assert all(seen.labels)
-    # What a picture refers to is in the page, once.
+    assert len(seen.images) == len(KINDS)
+    assert all(image["alt"] for image in seen.images)
+    assert all(ElementTree.fromstring(drawn(image["src"])).tag.endswith("svg") for image in seen.images)
+    # What the contents refer to is in the page, once.
     assert len(seen.ids) == len(set(seen.ids))
-    assert {to for _, to in seen.links} <= {f"#{name}" for name in seen.ids}
-    clips = re.findall(r"url\((.*?)\)", made[1][0].decode())
-    assert {clip.strip("#") for clip in clips} <= set(seen.ids)
+    assert {to for to in seen.links if not to.startswith("data:")} <= {f"#{name}" for name in seen.ids}
 
 
 def test_every_number_of_a_table_is_on_the_page(made):
@@ -206,10 +214,11 @@ def test_every_number_of_a_table_is_on_the_page(made):
     text = html.unescape(page.decode())
     for one in read_folder(folder).reports:
         for table in tables(one):
-            assert as_html(table) in page.decode()
+            cells = [[cell(row, column) for column in table.used] for row in table.rows]
+            assert all(all(f">{said}</td>" in text for said in line) for line in cells)
     for number in (
         "375.606", "413.167", "1.2e-02",  # latency: a median, its p80, an error
-        "0.620", "90,000", "11.477", "4.000", "never gets there",  # recall: at 0.95, halfway in the logarithm of time
+        "0.6200", "90,000", "11.477", "4.000", "never gets there",  # recall: at 0.95, halfway in the logarithm of time
         "45.50", "80.0", "70.0", "100.0", "33.3", "12.3", "19,397.9", "50.0",  # scores and costs
         "8.877", "8.123", "0.0350", "0.0600", "0.9750", "4.56", "105.0", "116.5", "4,681.143", "1.86",
     ):  # fmt: skip
@@ -230,18 +239,30 @@ def test_text_of_a_report_stays_text(made):
     page = made[1][0].decode()
     seen = Seen(page)
     assert "script" not in seen.tags
-    assert html.escape(EVIL) in page
+    assert str(escape(EVIL)) in page
     # In every report as a setting and a note; as an answer, a reason, a method, and the title of a panel.
     assert sum(EVIL in text for text in seen.texts) >= 2 * len(KINDS) + 4
     assert EVIL not in page
 
 
+def test_text_of_a_picture_is_no_formula_and_no_markup(made):
+    every = [drawn(image["src"]) for image in Seen(made[1][0].decode()).images]
+    # The title of a panel.
+    assert any(html.escape(EVIL, quote=False) in svg for svg in every)
+    assert not any("<script" in svg for svg in every)
+
+
 def test_nothing_is_fetched(made):
     page = made[1][0].decode()
-    assert not Seen(page).tags & {"link", "script", "img", "iframe", "object", "embed", "image"}
+    seen = Seen(page)
+    assert not seen.tags & {"link", "script", "iframe", "object", "embed", "image", "svg"}
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in seen.images)
+    for text in (page, *(drawn(image["src"]) for image in seen.images)):
+        assert "@import" not in text
+        assert "url(" not in text.replace("url(#", "")
+        # Names of namespaces are no addresses.
+        assert not re.search(r"(?:href|src)\s*=\s*[\"']?http", text)
     assert "http" not in page
-    assert "@import" not in page
-    assert "url(" not in page.replace("url(#", "")
 
 
 def test_a_file_that_is_no_report_is_named_and_skipped(made):
@@ -289,7 +310,7 @@ def test_a_row_that_cannot_be_shown_is_named(tmp_path, kind, row, reason):
 
 
 def test_the_kept_results_are_all_reports():
-    found = read_folder(report.RESULTS)
+    found = read_folder(results_folder())
     assert not found.skipped
     assert {LATENCY_FILE, RECALL_FILE} <= {one.name for one in found.reports}
 
@@ -336,7 +357,7 @@ def test_a_lost_example_is_missing_in_each_of_its_turns():
 def test_long_answers_are_cut(tmp_path):
     path = write(tmp_path / "x.json", [answer(answer="x" * 10_000)], "needle")
     (table,) = [table for table in tables(read_report(path)) if table.folded]
-    assert "x" * LONGEST_TEXT + "…<" in as_html(table)
+    assert cell(table.rows[0], ("", "answer", "{}")) == "x" * LONGEST_TEXT + "…"
 
 
 def test_blocks_are_written_and_the_rest_is_left_to_the_byte(results, tmp_path):
@@ -440,34 +461,49 @@ def test_what_cannot_be_done_is_said_before_any_work(words, message, monkeypatch
     assert not [*tmp_path.iterdir()]
 
 
-def test_without_matplotlib_the_command_to_install_it_is_named(monkeypatch, tmp_path):
+def test_without_matplotlib_the_page_has_its_tables_and_says_what_to_install(results, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'retrieval-attn\[plot\]'"):
-        call("--results", tmp_path, "-o", tmp_path / "a.html")
-    # A README needs no picture.
-    (tmp_path / "README.md").write_text("<!-- bench report: quality --><!-- end -->")
-    assert call("--results", tmp_path, "--readme", tmp_path / "README.md").exit_code == 0
+    done = call("--results", results, "-o", results / "a.html")
+    assert (done.exit_code, done.stderr) == (0, "pictures need matplotlib; pip install 'retrieval-attn[plot]'\n")
+    seen = Seen((results / "a.html").read_text())
+    assert not seen.images
+    assert "Pictures need matplotlib; pip install 'retrieval-attn[plot]'." in seen.texts
+    assert "375.606" in seen.texts
+
+
+def test_an_installed_package_reads_the_current_folder(monkeypatch, tmp_path):
+    write(tmp_path / "ppl-mine.json", ppl_rows())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("retrieval_attn.bench.shared.report.__file__", str(tmp_path / "bench/shared/report.py"))
+    assert results_folder().resolve() == tmp_path
+    assert call("-o", "a.html").exit_code == 0
+    assert "ppl-mine.json" in (tmp_path / "a.html").read_text()
 
 
 def test_methods_look_different_and_the_known_ones_alike_everywhere():
-    looks = report_svg.styles(["full", "graph", "x", "y", *"abcdefgh"])
-    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks)
-    assert report_svg.styles(["z", "graph"])["graph"] == looks["graph"]
+    looks = pictures.styles(["full", "graph", "x", "y", "full", *"abcdefgh"])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks) == 12
+    assert pictures.styles(["z", "graph"])["graph"] == looks["graph"]
+    # "sdpa" has the place of "full", and another where both are.
+    assert pictures.styles(["sdpa"])["sdpa"] == looks["full"] != pictures.styles(["full", "sdpa"])["sdpa"]
 
 
-def test_text_of_a_picture_is_no_formula_and_no_markup():
-    svg = report_svg.draw(lambda figure: figure.suptitle("$x_1$ <b>"), (2, 2), "salt", '"<b>"')
-    assert "$x_1$ &lt;b&gt;" in svg
-    assert 'aria-label="&quot;&lt;b&gt;&quot;"' in svg
-    assert Seen(svg).tags <= {"svg", "g", "text", "path"}
-
-
-def test_drawing_leaves_the_settings_of_matplotlib_alone():
+def test_a_picture_depends_on_its_data_alone(tmp_path):
     import matplotlib
 
-    before = dict(matplotlib.rcParams)
-    report_svg.draw(lambda figure: figure.add_subplot(), (2, 2), "salt", "nothing")
-    assert dict(matplotlib.rcParams) == before
+    def draw():
+        return pictures.lines_of(latency_rows()[:-1], "total_ms", "ms")
+
+    before = pictures.as_uri(draw)
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "another"}):
+        settings = dict(matplotlib.rcParams)
+        assert pictures.as_uri(draw) == before
+        assert dict(matplotlib.rcParams) == settings
+    assert pictures.as_uri(lambda: None) is None
+    # A picture of its own says what it is of, and that there was nothing to draw.
+    for name, figure in (("a.svg", draw), ("b.svg", lambda: None)):
+        pictures.save(figure, "Title $x_1$", tmp_path / name)
+        assert "Title $x_1$" in (tmp_path / name).read_text()
 
 
 def test_reports_come_in_the_order_of_the_page(made):
