@@ -95,7 +95,7 @@ class RetrievalConfig:
         writes anew takes memory. None: all stay in memory.
     max_tokens: a context has at most this many tokens. None: the model's maximum.
     max_host_bytes: the keys and values of one cache take at most this many bytes on the host. None: no limit.
-    seed: this seed makes index builds repeatable.
+    seed: this seed makes index builds repeatable, and what a benchmark draws.
     threads: this many CPU threads work. While an index is built beside a request, this package's loops on either side
         get half of them; PyTorch's own threads stay as many. None: all cores.
 

@@ -4,12 +4,13 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.quality import options as q
-from retrieval_attn.bench.quality.options import Settings, make_settings, parse_tasks
+from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, Settings, make_settings, parse_tasks
 from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
 from retrieval_attn.bench.ruler import command as ruler
 from retrieval_attn.bench.scbench import command as scbench
+from retrieval_attn.bench.shared.options import WholeModel
 from retrieval_attn.bench.shared.report import Report
+from retrieval_attn.terminal.options import Fields, option, with_options
 
 DEFAULT = (
     "full,folded,streaming,exact,ivf,hnsw,graph,scan,page,scan:estimator=topk,scan:estimator=lift,offloaded,"
@@ -17,25 +18,13 @@ DEFAULT = (
 )
 
 
+@with_options
 def command(
-    task: Annotated[str, q._option("One task: needle, of RULER, or of SCBench.", "--task", "-t")] = "niah_single_2",
-    context: q.Context = "32k",
-    method: q.MethodsOption = DEFAULT,
-    samples: q.Samples = 3,
-    limit: q.Limit = None,
-    text: q.Text = None,
-    model: q.ModelOption = None,
-    top_k: q.TopK = 100,
-    followup: q.Followup = "retrieve",
-    seed: q.SeedOption = 0,
-    threads: q.Threads = None,
-    device: q.Device = "auto",
-    dtype: q.Dtype = "auto",
-    form: q.Form = "md",
-    out: q.Out = None,
-    plot: q.Plot = None,
-    resume: q.Resume = False,
-    scores_only: q.ScoresOnly = False,
+    asked: Annotated[Asked, Fields(context="32k", method=DEFAULT, samples=3)],
+    model: WholeModel,
+    config: Config,
+    to: KeptReport,
+    task: Annotated[str, option("One task: needle, of RULER, or of SCBench.", "--task", "-t")] = "niah_single_2",
 ) -> None:
     """Methods on one task in one process: score, time to first token, build, ms per token, memory, keys visited.
 
@@ -48,11 +37,8 @@ def command(
     found = parse_tasks(task, names(), {})
     if len(found) != 1:
         raise ValueError(f"--task must name one task to compare on, got {task!r}")
-    settings = make_settings(
-        "compare", model=model, context=context, method=method, samples=samples, limit=limit, text=text, top_k=top_k,
-        followup=followup, seed=seed, threads=threads, device=device, dtype=dtype, task=found[0],
-    )  # fmt: skip
-    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    settings = make_settings("compare", asked, model, config, task=found[0])
+    output = Output(to, settings.as_dict())
     report = measure(settings, output)
     from retrieval_attn.bench.quality.plot import plot_pareto
 

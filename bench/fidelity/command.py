@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.ppl.command import LimitUnits, TextOption, as_text, run, title
-from retrieval_attn.bench.quality import options as q
-from retrieval_attn.bench.quality.options import Settings, make_settings
+from retrieval_attn.bench.ppl.command import as_text, run, title
+from retrieval_attn.bench.quality.options import ONE_TEXT, Asked, ExactConfig, KeptReport, Settings, make_settings
 from retrieval_attn.bench.quality.runner import Output, exit_status, load_llm, parse_methods, read_haystack
-from retrieval_attn.bench.shared.options import at_least
+from retrieval_attn.bench.shared.options import WholeModel, at_least
 from retrieval_attn.bench.shared.report import Report, Row, short, table
+from retrieval_attn.terminal.options import Fields, option, with_options
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.fidelity.held_out import Held
@@ -29,39 +29,26 @@ FIELDS = ("context", "method", "layer", "head", *MEASURES, "status", "reason")
 MOST_QUERIES = 256
 
 
+@with_options
 def command(
-    context: q.Context = "8k,32k",
-    method: q.MethodsOption = "exact,graph,scan,page,streaming",
-    queries: Annotated[int, q._option("Tokens after each context whose queries ask, up to 256.", "--queries")] = 64,
-    planted: Annotated[int, q._option("Keys planted for each query head; 0: none.", "--planted")] = 32,
-    random: Annotated[bool, q._option("Random weights, for a folder that has only a config.json.", "--random")] = False,
-    limit: LimitUnits = None,
-    text: TextOption = None,
-    model: q.ModelOption = None,
-    top_k: q.TopK = 100,
-    seed: q.SeedOption = 0,
-    threads: q.Threads = None,
-    device: q.Device = "auto",
-    dtype: q.Dtype = "auto",
-    form: q.Form = "md",
-    out: q.Out = None,
-    plot: q.Plot = None,
-    resume: q.Resume = False,
-    scores_only: q.ScoresOnly = False,
+    asked: Annotated[Asked, Fields(*ONE_TEXT, method="exact,graph,scan,page,streaming")],
+    model: WholeModel,
+    config: ExactConfig,
+    to: KeptReport,
+    queries: Annotated[int, option("Tokens after each context whose queries ask, up to 256.", "--queries")] = 64,
+    planted: Annotated[int, option("Keys planted for each query head; 0: none.", "--planted")] = 32,
+    random: Annotated[bool, option("Random weights, for a folder that has only a config.json.", "--random")] = False,
 ) -> None:
     """How near each head's attention comes to exact attention: no answers are needed, nor a trained model.
 
     Held-out queries over a text that was read once, exactly: error of the output, mass of what was read, recall of the
     best keys, and how many planted keys are found. Methods are ours, and streaming, which is the window alone.
     """
-    settings = make_settings(
-        "fidelity", model=model, context=context, method=method, samples=1, limit=limit, text=text, top_k=top_k,
-        followup="exact", seed=seed, threads=threads, device=device, dtype=dtype,
-        queries=at_least(queries, 1, "--queries"), planted=at_least(planted, 0, "--planted"), random=random,
-    )  # fmt: skip
+    own = {"queries": at_least(queries, 1, "--queries"), "planted": at_least(planted, 0, "--planted"), "random": random}
+    settings = make_settings("fidelity", asked, model, config, **own)
     if queries > MOST_QUERIES:
         raise ValueError(f"--queries must be at most {MOST_QUERIES}, got {queries}")
-    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    output = Output(to, settings.as_dict())
     report = measure(settings, output)
     output.write(report, plot_heads, render)
     raise typer.Exit(exit_status(report["results"]))
@@ -131,7 +118,7 @@ def _load_random(settings: Settings) -> "LLM":
     # Where there are no files of one, transformers may make one without any words.
     if tokenizer is not None and tokenizer("one")["input_ids"] == tokenizer("two")["input_ids"]:
         tokenizer = None
-    return LLM(model, tokenizer, RetrievalConfig(seed=settings.seed, threads=settings.threads))
+    return LLM(model, tokenizer, RetrievalConfig(seed=settings.seed, threads=settings.config.threads))
 
 
 class Fidelity:

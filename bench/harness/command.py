@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, Self
 
 import torch
@@ -17,14 +17,14 @@ from tqdm import tqdm
 from retrieval_attn.bench.harness.score import AnswerOptions, Pair, Score, Scorer, answer_options
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.llm import load
+from retrieval_attn.terminal.option_language import unknown, words_of
 
 log = logging.getLogger("retrieval_attn")
 
 # The command's arguments are lm_eval's own; after a word that is no option, even --help is.
 CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
-CONFIG_FIELDS = tuple(field.name for field in fields(RetrievalConfig))
-MODEL_ARGS = ("pretrained", "device", "dtype", "weights", "max_gen_toks", *CONFIG_FIELDS)
+MODEL_ARGS = ("pretrained", "device", "dtype", "weights", "max_gen_toks", *words_of(RetrievalConfig))
 
 
 def command(context: typer.Context) -> None:
@@ -101,12 +101,15 @@ class HarnessModel:
         Raises ValueError for other names, and as `load`.
         """
         super().__init__()
-        if unknown := sorted(set(config) - set(CONFIG_FIELDS)):
-            raise ValueError(f"unknown model argument {unknown[0]!r}; the arguments are {', '.join(MODEL_ARGS)}")
+        words = words_of(RetrievalConfig)
+        if none := sorted(set(config) - set(words)):
+            raise ValueError(unknown("model argument", none[0], MODEL_ARGS))
         if batch_size not in (1, "1"):
             log.warning("requests run one at a time; batch_size=%s changes nothing", batch_size)
+        # What lm_eval read as a number is one.
+        own = {name: words[name].parse(value) if isinstance(value, str) else value for name, value in config.items()}
         self.max_gen_toks = max_gen_toks
-        self.llm = load(pretrained or None, RetrievalConfig(**config), device=device, dtype=dtype, weights=weights)
+        self.llm = load(pretrained or None, RetrievalConfig(**own), device=device, dtype=dtype, weights=weights)
         self.tokenizer = self.llm.tokenizer
         self._scorer = Scorer(self.llm)
         self._device = self.llm.model.device

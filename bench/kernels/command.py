@@ -3,42 +3,26 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.kernels.options import PATTERNS, STEPS, Options, make_options
+from retrieval_attn.bench.kernels.options import Asked, Options, make_options
 from retrieval_attn.bench.shared.machine import machine_note
-from retrieval_attn.bench.shared.options import DEVICES, LAYER_DTYPES, SHAPES, choose
-from retrieval_attn.bench.shared.pictures import check_plot
-from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Row, check_writable, short
+from retrieval_attn.bench.shared.options import ReportTo
+from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, short
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.options import Fields, with_options
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.kernels.measure import Plan
 
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text)
-
-
+@with_options
 def command(
-    context: Annotated[str, _option("Lengths of prompts; k = 1024, m = 1024 k.", "--context", "-c")] = "8k,32k",
-    patterns: Annotated[str, _option(f"{', '.join(PATTERNS)}; or none.", "--patterns")] = ",".join(PATTERNS),
-    steps: Annotated[str, _option(f"{', '.join(STEPS)}; or none.", "--steps")] = ",".join(STEPS),
-    source: Annotated[str, _option("shaped_mixed, shaped, or real:LAYER.", "--source", "-s")] = "shaped_mixed",
-    shape: Annotated[str, _option(f"{', '.join(SHAPES)} or H,G,D; a real layer has its own.", "--shape")] = "llama3-8b",
-    mass: Annotated[float, _option("Attention mass that the first two keep.", "--mass")] = RetrievalConfig.prefill_mass,
-    chunk: Annotated[int, _option("Queries in a call of prefill.", "--chunk")] = 2048,
-    repeat: Annotated[int, _option("Turns; kernels take turns in each.", "--repeat", "-r")] = 3,
-    dtype: Annotated[str, _option(f"{' or '.join(LAYER_DTYPES)}.", "--dtype")] = "bfloat16",
-    device: Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")] = "auto",
-    threads: Annotated[int | None, _option("CPU threads (default: all cores).", "--threads")] = None,
-    seed: Annotated[int, _option("Seed of the vectors.", "--seed")] = 0,
-    form: Annotated[str, _option(f"Written to stdout: {', '.join(FORMATS)}.", "--output", "-o")] = "md",
-    out: Annotated[Path | None, _option("Also write the full report, as JSON, to this file.", "--out")] = None,
-    plot: Annotated[Path | None, _option("Also draw speed and error against length: .png or .svg.", "--plot")] = None,
+    asked: Asked,
+    config: Annotated[RetrievalConfig, Fields("threads", "seed", rest=False)],
+    to: ReportTo,
 ) -> None:
     """Time of one layer's prefill by each pattern, and by dense attention in the same run.
 
@@ -46,14 +30,9 @@ def command(
     timed, and the whole is made up from them. Beside it: the window and the merge of decode. A cell that fails is a row
     that says why.
     """
-    choose(form, FORMATS, "--output")
-    options = make_options(context, patterns, steps, source, shape, mass, chunk, repeat, dtype, device, threads, seed)
-    if plot is not None:
-        check_plot(plot)
-    if out is not None:
-        check_writable(out, "--out")
+    options = make_options(asked, config)
     report = run(options, shown=sys.stderr.isatty())
-    _write(report, form, out, plot)
+    _write(report, to)
     if not any(row["status"] == "ok" for row in report["results"]):
         raise typer.Exit(1)
 
@@ -116,14 +95,14 @@ def _rows(options: Options, plan: "Plan") -> Iterator[Row]:
             yield row
 
 
-def _write(report: dict[str, Any], form: str, out: Path | None, plot: Path | None) -> None:
+def _write(report: dict[str, Any], to: ReportTo) -> None:
     from retrieval_attn.bench.kernels import format as kernels_format
 
-    sys.stdout.write(kernels_format.render(report, form))
-    if out is not None:
-        out.write_text(kernels_format.render(report, "json"))
-    if plot is not None:
-        kernels_format.plot(report, plot)
+    sys.stdout.write(kernels_format.render(report, to.form))
+    if to.out is not None:
+        to.out.write_text(kernels_format.render(report, "json"))
+    if to.plot is not None:
+        kernels_format.plot(report, to.plot)
 
 
 def notes(options: Options, env: dict[str, Any]) -> list[str]:

@@ -3,79 +3,37 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from retrieval_attn.bench.latency import format as latency_format
-from retrieval_attn.bench.latency.options import RIVALS, Options, make_options
+from retrieval_attn.bench.latency.options import RIVALS, Asked, Options, make_options
 from retrieval_attn.bench.shared.machine import machine_note
-from retrieval_attn.bench.shared.options import DEVICES, LAYER_DTYPES, SHAPES, choose
-from retrieval_attn.bench.shared.pictures import check_plot
-from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Row, check_writable, short
-from retrieval_attn.config import ESTIMATORS, INDEX_KINDS
+from retrieval_attn.bench.shared.options import ReportTo
+from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, short
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.options import Fields, with_options
 
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text)
-
-
+@with_options
 def command(
-    context: Annotated[str, _option("Token counts; k = 1024, m = 1024 k.", "--context", "-c")] = "8k,32k,128k",
-    gen: Annotated[int, _option("Decode steps per repeat.", "--gen", "-n")] = 32,
-    repeat: Annotated[int, _option("Repeats; methods take turns in each.", "--repeat", "-r")] = 3,
-    warmup: Annotated[int, _option("Repeats that are not counted.", "--warmup")] = 1,
-    index: Annotated[str, _option(f"Indexes: {', '.join(INDEX_KINDS)}; or none.", "--index")] = "exact,graph,scan",
-    compare: Annotated[str, _option(f"Rivals: {', '.join(RIVALS)}; or none.", "--compare")] = "full,folded",
-    layers: Annotated[int | None, _option("Attention layers [default: those of --shape].", "--layers")] = None,
-    shape: Annotated[str, _option(f"{', '.join(SHAPES)}, embedded (whole model), or H,G,D.", "--shape")] = "llama3-8b",
-    model: Annotated[str | None, _option("Measure this whole model: a folder or hub id.", "--model", "-m")] = None,
-    dtype: Annotated[str, _option(f"{' or '.join(LAYER_DTYPES)}.", "--dtype")] = "bfloat16",
-    top_k: Annotated[int, _option("Keys retrieved per query head.", "--top-k")] = 100,
-    estimator: Annotated[str, _option(f"{', '.join(ESTIMATORS)}.", "--estimator")] = "tail",
-    threads: Annotated[int | None, _option("CPU threads [default: all cores].", "--threads")] = None,
-    seed: Annotated[int, _option("Seed of vectors, texts and indexes.", "--seed")] = 0,
-    device: Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")] = "auto",
-    form: Annotated[str, _option(f"Written to stdout: {', '.join(FORMATS)}.", "--output", "-o")] = "md",
-    out: Annotated[Path | None, _option("Also write the full report, as JSON, to this file.", "--out")] = None,
-    plot: Annotated[Path | None, _option("Also draw latency against context: .png or .svg.", "--plot")] = None,
-    check: Annotated[bool, _option("Compare outputs with exact attention.", "--check/--no-check")] = True,
+    asked: Asked,
+    config: Annotated[RetrievalConfig, Fields("top_k", "estimator", "threads", "seed", exact_below=0)],
+    to: ReportTo,
 ) -> None:
     """Decode latency of retrieval and of stock attention, per context length.
 
     With --shape llama3-8b or H,G,D attention layers alone are timed on synthetic vectors; with --shape embedded or
     --model the whole model, from prompt to last token. A cell that fails is a row that says why.
     """
-    choose(form, FORMATS, "--output")
-    options = make_options(
-        context,
-        gen,
-        repeat,
-        warmup,
-        index,
-        compare,
-        layers,
-        shape,
-        model,
-        dtype,
-        top_k,
-        estimator,
-        threads,
-        seed,
-        device,
-        check,
-    )
-    if plot is not None:
-        check_plot(plot)
-    if out is not None:
-        check_writable(out, "--out")
+    options = make_options(asked, config)
     report = run(options, progress=sys.stderr.isatty())
-    sys.stdout.write(latency_format.render(report, form))
-    if out is not None:
-        out.write_text(latency_format.render(report, "json"))
-    if plot is not None:
-        latency_format.plot(report, plot)
+    sys.stdout.write(latency_format.render(report, to.form))
+    if to.out is not None:
+        to.out.write_text(latency_format.render(report, "json"))
+    if to.plot is not None:
+        latency_format.plot(report, to.plot)
     if not any(row["status"] == "ok" for row in report["results"]):
         raise typer.Exit(1)
 
@@ -87,7 +45,7 @@ def run(options: Options, progress: bool = False) -> dict[str, Any]:
     """
     from retrieval_attn.bench.shared import machine
 
-    device, used_threads = machine.prepare(options.device, options.threads)
+    device, used_threads = machine.prepare(options.device, options.config.threads)
     options = replace(options, device=device)
     env = machine.describe(used_threads)
     env["copy_bandwidth_bytes_per_s"] = bandwidth = machine.copy_bandwidth("cpu")

@@ -65,11 +65,7 @@ class Retrieving:
 
     def __init__(self, kind: str, options: Options, layers: list[Layer]) -> None:
         self.name = kind
-        # Short contexts too are indexed: the row says what it measured.
-        config = RetrievalConfig(
-            index=kind, top_k=options.top_k, estimator=options.estimator, exact_below=0, seed=options.seed,
-            threads=options.threads,
-        )  # fmt: skip
+        config = dataclasses.replace(options.config, index=kind)
         self._device = options.device
         self._layers = layers
         self._memories = [_twin(layer.memory, config) for layer in layers]
@@ -254,14 +250,14 @@ def _has_rival(options: Options) -> bool:
 def _fill_layer(options: Options, shape: LayerShape, context: int, i: int) -> tuple[Layer, Vectors]:
     H, G, D = shape
     n_steps = _n_steps(options)
-    config = RetrievalConfig(top_k=options.top_k, seed=options.seed, threads=options.threads)
+    config = options.config
     size, stride = config.build_queries, 1
     while -(-context // stride) >= 2 * size:
         stride *= 2
     n_spread, n_recent = -(-context // stride), min(RECENT_QUERIES, context)
     dtype = getattr(torch, options.dtype)
     vectors = shaped(
-        context + n_steps, H, G, D, n_spread + n_recent, n_steps + CHECKED_STEPS, options.seed + 1000 * i, dtype
+        context + n_steps, H, G, D, n_spread + n_recent, n_steps + CHECKED_STEPS, config.seed + 1000 * i, dtype
     )
     memory = LayerMemory(config, MemoryShape(G, D, D, dtype, context + n_steps))
     asked = vectors.prefill_queries.transpose(0, 1)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,7 @@ class Retrieving:
     """The model through `retrieval_attn.load`."""
 
     def __init__(self, kind: str, options: Options, llm: LLM) -> None:
-        self._config = RetrievalConfig(
-            index=kind, top_k=options.top_k, estimator=options.estimator, exact_below=0, seed=options.seed,
-            threads=options.threads,
-        )  # fmt: skip
+        self._config = replace(options.config, index=kind)
         self._llm, self._options = llm, options
 
     def run(self, ids: list[int], fed: list[int]) -> Run:
@@ -130,8 +128,7 @@ def measure_model(options: Options, advance: Callable[[str], None]) -> Iterator[
 
 
 def _load(options: Options) -> tuple[dict[str, Any], LLM]:
-    config = RetrievalConfig(top_k=options.top_k, seed=options.seed, threads=options.threads)
-    llm = retrieval_attn.load(options.model, config, device=options.device, dtype=options.dtype)
+    llm = retrieval_attn.load(options.model, options.config, device=options.device, dtype=options.dtype)
     stock = None
     methods: dict[str, Any] = {}
     for name in options.methods:
@@ -181,7 +178,7 @@ def prompt(llm: LLM, n_tokens: int, options: Options) -> list[int]:
     if n_tokens + options.gen >= llm.max_tokens:
         raise ValueError(f"{n_tokens} tokens and {options.gen} more are longer than the model's {llm.max_tokens}")
     n_chars = 6 * n_tokens
-    while len(ids := llm.encode_text(prose(n_chars, options.seed))) < n_tokens:
+    while len(ids := llm.encode_text(prose(n_chars, options.config.seed))) < n_tokens:
         n_chars *= 2
     return llm.encode(ids[:n_tokens])
 

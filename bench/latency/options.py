@@ -2,20 +2,26 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from retrieval_attn.bench.shared.options import (
     DEVICES,
     LAYER_DTYPES,
+    SHAPES,
+    Check,
+    Context,
+    Device,
+    LayerDtype,
     LayerShape,
     at_least,
-    at_least_if_given,
     choose,
-    parse_contexts,
+    config_as_dict,
     parse_names,
     parse_shape,
 )
-from retrieval_attn.config import ESTIMATORS, INDEX_KINDS
+from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
+from retrieval_attn.terminal.options import MODEL, option
+from retrieval_attn.terminal.units import parse_lengths
 
 RIVALS = ("full", "folded")
 
@@ -23,8 +29,29 @@ _LAYERS = {"llama3-8b": 32}
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is measured, as it was written."""
+
+    context: Context = "8k,32k,128k"
+    gen: Annotated[int, option("Decode steps per repeat.", "--gen", "-n")] = 32
+    repeat: Annotated[int, option("Repeats; methods take turns in each.", "--repeat", "-r")] = 3
+    warmup: Annotated[int, option("Repeats that are not counted.", "--warmup")] = 1
+    index: Annotated[str, option(f"Indexes: {', '.join(INDEX_KINDS)}; or none.", "--index")] = "exact,graph,scan"
+    compare: Annotated[str, option(f"Rivals: {', '.join(RIVALS)}; or none.", "--compare")] = "full,folded"
+    layers: Annotated[int | None, option("Attention layers.", "--layers", default="those of --shape")] = None
+    shape: Annotated[str, option(f"{', '.join(SHAPES)}, embedded (whole model), or H,G,D.", "--shape")] = "llama3-8b"
+    model: Annotated[
+        str | None, option("Measure this whole model: a folder or hub id.", "--model", "-m", panel=MODEL)
+    ] = None
+    dtype: LayerDtype = "bfloat16"
+    device: Device = "auto"
+    check: Check = True
+
+
+@dataclass(frozen=True)
 class Options:
-    """One sweep. shape: None measures a whole model (`model`; None is the embedded one), else attention alone."""
+    """One sweep. shape: None measures a whole model (`model`; None is the embedded one), else attention alone. config:
+    of every method of ours, but for its index."""
 
     contexts: tuple[int, ...]
     methods: tuple[str, ...]
@@ -36,12 +63,9 @@ class Options:
     repeat: int
     warmup: int
     dtype: str
-    top_k: int
-    estimator: str
-    threads: int | None
-    seed: int
     device: str
     check: bool
+    config: RetrievalConfig
 
     @property
     def mode(self) -> str:
@@ -50,38 +74,34 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the report."""
         plain = {**asdict(self), "mode": self.mode, "shape": self.shape_name}
-        del plain["shape_name"]
+        del plain["shape_name"], plain["config"]
+        plain |= config_as_dict(self.config, "top_k", "estimator", "threads", "seed")
         if self.shape:
             plain["H"], plain["G"], plain["D"] = self.shape
         return plain
 
 
-def make_options(
-    context: str, gen: int, repeat: int, warmup: int, index: str, compare: str, layers: int | None, shape: str,
-    model: str | None, dtype: str, top_k: int, estimator: str, threads: int | None, seed: int, device: str, check: bool,
-) -> Options:  # fmt: skip
+def make_options(asked: Asked, config: RetrievalConfig) -> Options:
     """Options from what the command line gave; ValueError in one line for what cannot be."""
-    layer_shape = None if model is not None else parse_shape(shape)
-    methods = parse_names(compare, RIVALS, "--compare") + parse_names(index, INDEX_KINDS, "--index")
+    shape = None if asked.model is not None else parse_shape(asked.shape)
+    methods = parse_names(asked.compare, RIVALS, "--compare") + parse_names(asked.index, INDEX_KINDS, "--index")
     if not methods:
         raise ValueError("--index and --compare name no method; give at least one")
-    if layer_shape is None and layers is not None:
+    if shape is None and asked.layers is not None:
         raise ValueError("--layers goes with --shape llama3-8b or H,G,D; a model has the layers it has")
+    layers = asked.layers if asked.layers is not None else _LAYERS.get(asked.shape, 1)
     return Options(
-        contexts=parse_contexts(context),
+        contexts=parse_lengths(asked.context, "--context"),
         methods=methods,
-        shape_name=shape if model is None else Path(model).name,
-        shape=layer_shape,
-        model=model,
-        layers=at_least(layers if layers is not None else _LAYERS.get(shape, 1), 1, "--layers"),
-        gen=at_least(gen, 1, "--gen"),
-        repeat=at_least(repeat, 1, "--repeat"),
-        warmup=at_least(warmup, 0, "--warmup"),
-        dtype=choose(dtype, LAYER_DTYPES, "--dtype"),
-        top_k=at_least(top_k, 1, "--top-k"),
-        estimator=choose(estimator, ESTIMATORS, "--estimator"),
-        threads=at_least_if_given(threads, 1, "--threads"),
-        seed=at_least(seed, 0, "--seed"),
-        device=choose(device, DEVICES, "--device"),
-        check=check,
+        shape_name=asked.shape if asked.model is None else Path(asked.model).name,
+        shape=shape,
+        model=asked.model,
+        layers=at_least(layers, 1, "--layers"),
+        gen=at_least(asked.gen, 1, "--gen"),
+        repeat=at_least(asked.repeat, 1, "--repeat"),
+        warmup=at_least(asked.warmup, 0, "--warmup"),
+        dtype=choose(asked.dtype, LAYER_DTYPES, "--dtype"),
+        device=choose(asked.device, DEVICES, "--device"),
+        check=asked.check,
+        config=config,
     )

@@ -5,20 +5,21 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import psutil
 import torch
-import typer
 
 from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.bench.demo import make_questions
 from retrieval_attn.bench.shared import machine
-from retrieval_attn.bench.shared.options import DEVICES, at_least, choose, parse_contexts
+from retrieval_attn.bench.shared.options import WholeModel, config_as_dict
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, check_writable, table
-from retrieval_attn.config import INDEX_KINDS, RetrievalConfig, Sampling
+from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.generate import Request
 from retrieval_attn.llm import LLM, load
+from retrieval_attn.terminal.options import Fields, option, with_options
+from retrieval_attn.terminal.units import parse_length
 
 _COLUMNS = [
     ("answer", "new_tokens", "{:,}"),
@@ -33,36 +34,28 @@ _COLUMNS = [
 ]
 
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text)
-
-
+@with_options
 def command(
-    prompt: Annotated[str, _option("Tokens of the prompt; k = 1024.", "--prompt")] = "32k",
-    tokens: Annotated[int, _option("Tokens of the answer; its end is ignored.", "--tokens")] = 20_000,
-    every: Annotated[int, _option("Tokens per row of the table.", "--every")] = 2_000,
-    model: Annotated[str | None, _option("A folder or hub id (default: the embedded model).", "--model", "-m")] = None,
-    index: Annotated[str, _option(f"One of {', '.join(INDEX_KINDS)}.", "--index")] = "graph",
-    device: Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")] = "auto",
-    seed: Annotated[int, _option("Of the document, the drawn tokens and the index.", "--seed")] = 0,
-    out: Annotated[Path | None, _option("Also write rows and machine to this .json file.", "-o", "--out")] = None,
+    model: Annotated[WholeModel, Fields("model", "device")],
+    config: Annotated[RetrievalConfig, Fields("index", "seed", "threads")],
+    prompt: Annotated[str, option("Tokens of the prompt; k = 1024.", "--prompt")] = "32k",
+    tokens: Annotated[str, option("Tokens of the answer; its end is ignored.", "--tokens")] = "20000",
+    every: Annotated[str, option("Tokens per row of the table.", "--every")] = "2000",
+    out: Annotated[Path | None, option("Also write rows and machine to this .json file.", "-o", "--out")] = None,
 ) -> None:
     """Speed and memory along a long answer. Tokens are drawn at temperature 1, or a small model repeats itself."""
-    lengths = parse_contexts(prompt)
-    choose(index, INDEX_KINDS, "--index")
-    choose(device, DEVICES, "--device")
-    at_least(tokens, 1, "--tokens")
-    at_least(every, 1, "--every")
+    flags = {"prompt": prompt, "tokens": tokens, "every": every}
+    sizes = {name: parse_length(text, f"--{name}") for name, text in flags.items()}
     if out is not None:
         check_writable(out, "--out")
-    llm = load(model, RetrievalConfig(index=index, seed=seed), device=device)
-    rows = list(measure(llm, lengths[0], tokens, every, seed))
+    llm = load(model.model, config, device=model.device)
+    rows = list(measure(llm, sizes["prompt"], sizes["tokens"], sizes["every"], config.seed))
     print(table(_COLUMNS, rows))
     print("\n" + verdict(rows))
     if out is not None:
-        config = {"prompt": prompt, "tokens": tokens, "every": every, "model": model, "index": index, "seed": seed}
+        asked = {**sizes, "prompt": prompt, "model": model.model, **config_as_dict(config, "index", "seed")}
         report = {"schema_version": SCHEMA_VERSION, "env": machine.describe(torch.get_num_threads())}
-        out.write_text(json.dumps(report | {"config": config, "results": rows}, indent=2, allow_nan=False) + "\n")
+        out.write_text(json.dumps(report | {"config": asked, "results": rows}, indent=2, allow_nan=False) + "\n")
 
 
 def measure(llm: LLM, n_prompt: int, n_answer: int, every: int, seed: int) -> Iterator[Row]:

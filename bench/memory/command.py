@@ -9,9 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.shared.options import DEVICES, at_least, choose, parse_contexts
+from retrieval_attn.bench.shared.options import Context, WholeModel, config_as_dict
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, check_writable, short, table
-from retrieval_attn.config import INDEX_KINDS
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.options import Fields, option, with_options
+from retrieval_attn.terminal.units import parse_lengths
+
+CONFIG_FIELDS = ("index", "seed", "threads")
 
 PHASES = ("load", "prefill", "build", "decode", "save", "restore")
 
@@ -42,42 +46,29 @@ _TIMES = [
 ]
 
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text)
-
-
+@with_options
 def command(
-    context: Annotated[str, _option("Token counts; k = 1024, m = 1024 k.", "--context", "-c")] = "8k,32k",
-    model: Annotated[str | None, _option("A folder or hub id (default: the embedded model).", "--model", "-m")] = None,
-    index: Annotated[str, _option(f"One of {', '.join(INDEX_KINDS)}.", "--index")] = "graph",
-    device: Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")] = "auto",
-    seed: Annotated[int, _option("Makes the document and the index repeatable.", "--seed")] = 0,
+    model: Annotated[WholeModel, Fields("model", "device")],
+    config: Annotated[RetrievalConfig, Fields(*CONFIG_FIELDS)],
+    context: Context = "8k,32k",
     save: Annotated[
-        Path | None, _option("A folder to save sessions in meanwhile, on the disk to measure.", "--save")
+        Path | None, option("A folder to save sessions in meanwhile, on the disk to measure.", "--save")
     ] = None,
     out: Annotated[
-        Path | None, _option("Also write the rows, with the machine, to this .json file.", "-o", "--out")
+        Path | None, option("Also write the rows, with the machine, to this .json file.", "-o", "--out")
     ] = None,
 ) -> None:
     """Peak memory of every phase beside the plan, and the times of a session: read, ask, save, restore, ask again.
 
     Each context has a process of its own. One that fails is a row that says why.
     """
-    contexts = parse_contexts(context)
-    choose(index, INDEX_KINDS, "--index")
-    choose(device, DEVICES, "--device")
-    at_least(seed, 0, "--seed")
+    contexts = parse_lengths(context, "--context")
     if save is not None and not save.is_dir():
         raise ValueError(f"--save must be a folder that exists, got {str(save)!r}")
     if out is not None:
         check_writable(out, "--out")
-    asked = {
-        "model": model,
-        "index": index,
-        "seed": seed,
-        "device": device,
-        "save": None if save is None else str(save),
-    }
+    where = {"model": model.model, "device": model.device, "save": None if save is None else str(save)}
+    asked = {**where, **config_as_dict(config, *CONFIG_FIELDS)}
     rows = []
     for n_tokens in contexts:
         rows.append(run_context({"tokens": n_tokens, **asked}))

@@ -68,17 +68,18 @@ def _highest(exact: bool) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def measure(tokens: int, model: str | None, index: str, seed: int, device: str, folder: Path) -> dict[str, Any]:
+def measure(tokens: int, model: str | None, device: str, folder: Path, **options: Any) -> dict[str, Any]:
     """Load, read a document, ask, save to `folder`, restore and ask again; returns peaks, plans and times.
 
-    The phase "restore" ends with the answer that follows it: what is mapped is in memory only once it is read.
+    options: of `RetrievalConfig`; its seed makes the document, too. The phase "restore" ends with the answer that
+    follows it: what is mapped is in memory only once it is read.
     """
-    config = RetrievalConfig(index=index, seed=seed)
+    config = RetrievalConfig.from_dict(options)
     libraries = measure_libraries(config, _WARM_DTYPE)
     peaks = Peaks()
     with peaks.phase("load"):
         llm = load(model, config, device=device)
-    text, questions = make_questions(llm, tokens, 2, seed)
+    text, questions = make_questions(llm, tokens, 2, config.seed)
     session = llm.session()
     answers = _read_and_ask(session, text, questions, peaks)
     with peaks.phase("save"):

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrieval_attn.bench.quality import options as q
-from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings
+from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, Settings, make_settings
 from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
-from retrieval_attn.bench.shared.options import at_least
+from retrieval_attn.bench.shared.options import WholeModel, at_least
 from retrieval_attn.bench.shared.report import Report
+from retrieval_attn.terminal.options import Fields, option, with_options
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.quality.examples import Prompts
@@ -18,42 +18,27 @@ if TYPE_CHECKING:
     from retrieval_attn.llm import LLM
 
 
+@with_options
 def command(
-    context: q.Context = "8k,16k,32k",
-    method: q.MethodsOption = DEFAULT_METHODS,
-    depths: Annotated[int, q._option("Places of the needle, from the start to the end.", "--depths")] = 10,
-    samples: q.Samples = 1,
+    asked: Annotated[Asked, Fields(context="8k,16k,32k")],
+    model: WholeModel,
+    config: Config,
+    to: KeptReport,
+    depths: Annotated[int, option("Places of the needle, from the start to the end.", "--depths")] = 10,
     plain: Annotated[
-        bool, q._option("Ask without MInference's instructions, for models that know none.", "--plain")
+        bool, option("Ask without MInference's instructions, for models that know none.", "--plain")
     ] = False,
     together: Annotated[
-        bool, q._option("Hide the needles of all depths in one text, which is then read once.", "--together")
+        bool, option("Hide the needles of all depths in one text, which is then read once.", "--together")
     ] = False,
-    limit: q.Limit = None,
-    text: q.Text = None,
-    model: q.ModelOption = None,
-    top_k: q.TopK = 100,
-    followup: q.Followup = "retrieve",
-    seed: q.SeedOption = 0,
-    threads: q.Threads = None,
-    device: q.Device = "auto",
-    dtype: q.Dtype = "auto",
-    form: q.Form = "md",
-    out: q.Out = None,
-    plot: q.Plot = None,
-    resume: q.Resume = False,
-    scores_only: q.ScoresOnly = False,
 ) -> None:
     """A magic number hidden in a long text: exact match by length and depth, with a heat-map picture (--plot).
 
     The text is read once, exactly, and then goes on by each method, which answers as often as there are samples.
     """
-    settings = make_settings(
-        "needle", model=model, context=context, method=method, samples=samples, limit=limit, text=text, top_k=top_k,
-        followup=followup, seed=seed, threads=threads, device=device, dtype=dtype,
-        depths=at_least(depths, 1, "--depths"), plain=plain, together=together,
-    )  # fmt: skip
-    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    own = {"depths": at_least(depths, 1, "--depths"), "plain": plain, "together": together}
+    settings = make_settings("needle", asked, model, config, **own)
+    output = Output(to, settings.as_dict())
     report = measure(settings, output)
     from retrieval_attn.bench.quality.plot import plot_grid
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.quality import options as q
-from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings
+from retrieval_attn.bench.quality.options import ONE_TEXT, Asked, ExactConfig, KeptReport, Settings, make_settings
 from retrieval_attn.bench.quality.runner import (
     Output,
     as_report,
@@ -21,46 +20,30 @@ from retrieval_attn.bench.quality.runner import (
     say,
 )
 from retrieval_attn.bench.shared.machine import machine_note
-from retrieval_attn.bench.shared.options import at_least
+from retrieval_attn.bench.shared.options import WholeModel, at_least
 from retrieval_attn.bench.shared.report import Report, as_csv, as_json, bullets, reasons, short, table
+from retrieval_attn.terminal.options import Fields, option, with_options
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.methods.bench import Bench
     from retrieval_attn.bench.methods.named import Method
     from retrieval_attn.bench.ppl.measure import Task
 
-LimitUnits = Annotated[int | None, q._option("Stop after so many contexts times methods: a smoke run.", "--limit")]
-TextOption = Annotated[Path | None, q._option("The text (default: generated prose).", "--text")]
 
-
+@with_options
 def command(
-    context: q.Context = "8k,16k,32k",
-    method: q.MethodsOption = DEFAULT_METHODS,
-    stretch: Annotated[int, q._option("Tokens that are foretold after each context.", "--stretch")] = 256,
-    limit: LimitUnits = None,
-    text: TextOption = None,
-    model: q.ModelOption = None,
-    top_k: q.TopK = 100,
-    seed: q.SeedOption = 0,
-    threads: q.Threads = None,
-    device: q.Device = "auto",
-    dtype: q.Dtype = "auto",
-    form: q.Form = "md",
-    out: q.Out = None,
-    plot: q.Plot = None,
-    resume: q.Resume = False,
-    scores_only: q.ScoresOnly = False,
+    asked: Annotated[Asked, Fields(*ONE_TEXT, context="8k,16k,32k")],
+    model: WholeModel,
+    config: ExactConfig,
+    to: KeptReport,
+    stretch: Annotated[int, option("Tokens that are foretold after each context.", "--stretch")] = 256,
 ) -> None:
     """Perplexity of a long text after each context, and agreement with and KL divergence from full attention.
 
     The text is read once, exactly; after each context every method is given the tokens that follow, one at a time.
     """
-    settings = make_settings(
-        "ppl", model=model, context=context, method=method, samples=1, limit=limit, text=text, top_k=top_k,
-        followup="exact", seed=seed, threads=threads, device=device, dtype=dtype,
-        stretch=at_least(stretch, 1, "--stretch"),
-    )  # fmt: skip
-    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    settings = make_settings("ppl", asked, model, config, stretch=at_least(stretch, 1, "--stretch"))
+    output = Output(to, settings.as_dict())
     report = measure(settings, output)
     output.write(report, plot_lines, render)
     raise typer.Exit(exit_status(report["results"]))
@@ -105,7 +88,7 @@ def run(settings: Settings, output: Output, begin: Begin, load: Callable[[Settin
     from retrieval_attn.bench.shared import machine
 
     methods = parse_methods(settings)
-    device, threads = machine.prepare(settings.device, settings.threads)
+    device, threads = machine.prepare(settings.device, settings.config.threads)
     # Now, and not at the end: the commit is that of the code that runs.
     settings, env = replace(settings, device=device), machine.describe(threads)
     with bar(settings.bench) as advance:

@@ -2,51 +2,71 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from retrieval_attn.bench.shared.options import DEVICES, DTYPES, at_least, at_least_if_given, choose, parse_contexts
-
-FOLLOWUPS = ("exact", "retrieve")
+from retrieval_attn.bench.shared.options import (
+    Context,
+    ReportTo,
+    WholeModel,
+    at_least,
+    at_least_if_given,
+    config_as_dict,
+)
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.option_language import unknown
+from retrieval_attn.terminal.options import Fields, option
+from retrieval_attn.terminal.units import parse_lengths
 
 DEFAULT_METHODS = "full,graph,scan,page,streaming"
 
+CONFIG_FIELDS = ("top_k", "followup", "seed", "threads")
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text)
+# The index is the method's.
+Config = Annotated[RetrievalConfig, Fields(*CONFIG_FIELDS, without=("index",), followup="retrieve")]
+
+# Of benchmarks that read one text exactly, which is all that they read.
+ExactConfig = Annotated[RetrievalConfig, Fields("top_k", "seed", "threads", without=("index", "followup"))]
+ONE_TEXT = ("context", "method", "limit", "text")
 
 
-Context = Annotated[str, _option("Prompt tokens; k = 1024, m = 1024 k.", "--context", "-c")]
-MethodsOption = Annotated[
-    str, _option("Methods, as in graph,scan:top_k=200:followup=exact; `bench compare --help` lists them.", "--method")
-]
-ModelOption = Annotated[str | None, _option("A folder or hub id (default: the embedded model).", "--model", "-m")]
-Samples = Annotated[int, _option("Examples of each task and length.", "--samples")]
-Limit = Annotated[int | None, _option("Stop after so many examples of each task: a smoke run.", "--limit")]
-Text = Annotated[Path | None, _option("A text for haystacks (default: generated prose).", "--text")]
-TopK = Annotated[int, _option("Keys retrieved per query head.", "--top-k")]
-Followup = Annotated[
-    str, _option("Whether questions retrieve, as answers do, or attend exactly: retrieve, exact.", "--followup")
-]
-SeedOption = Annotated[int, _option("Of examples and indexes.", "--seed")]
-Threads = Annotated[int | None, _option("CPU threads (default: all cores).", "--threads")]
-Device = Annotated[str, _option(f"{', '.join(DEVICES)}.", "--device")]
-Dtype = Annotated[str, _option(f"{', '.join(DTYPES)}.", "--dtype")]
-Form = Annotated[str, _option("Written to stdout: md, json, csv.", "--output", "-o")]
-Out = Annotated[Path | None, _option("Also write the report, as JSON, to this file.", "--out")]
-Plot = Annotated[Path | None, _option("Also draw it: .png or .svg.", "--plot")]
-Resume = Annotated[bool, _option("Go on with what an interrupted run kept beside --out.", "--resume")]
-ScoresOnly = Annotated[
-    bool, _option("On stdout only what a second run repeats to the byte: no times, no memory.", "--scores-only")
-]
+@dataclass(frozen=True)
+class Asked:
+    """What is measured, as it was written: prompts, methods, and how much of it."""
+
+    context: Context = "8k,32k"
+    method: Annotated[
+        str,
+        option("Methods, as in graph,scan:top_k=200:followup=exact; `bench compare --help` lists them.", "--method"),
+    ] = DEFAULT_METHODS
+    samples: Annotated[int, option("Examples of each task and length.", "--samples")] = 1
+    limit: Annotated[
+        int | None, option("Stop after so many examples of each task, or contexts times methods.", "--limit")
+    ] = None
+    text: Annotated[
+        Path | None, option("A text to read, or to hide things in.", "--text", default="generated prose")
+    ] = None
+
+
+@dataclass(frozen=True)
+class KeptReport(ReportTo):
+    """Where a report goes, and what an interrupted run leaves."""
+
+    resume: Annotated[bool, option("Go on with what an interrupted run kept beside --out.", "--resume")] = False
+    scores_only: Annotated[
+        bool, option("On stdout only what a second run repeats to the byte: no times, no memory.", "--scores-only")
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.out is None:
+            raise ValueError("--resume goes on with what lies beside --out; say which file that was")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. methods: as the user wrote them. options: what is the command's own, as plain data."""
+    """One run. methods: as the user wrote them. config: of the methods, where they do not say otherwise. options: what
+    is the command's own, as plain data."""
 
     bench: str
     model: str | None
@@ -55,45 +75,42 @@ class Settings:
     samples: int
     limit: int | None
     text: str | None
-    top_k: int
-    followup: str
-    seed: int
-    threads: int | None
+    config: RetrievalConfig
     device: str
     dtype: str
     options: dict[str, Any]
 
+    @property
+    def seed(self) -> int:
+        """Of examples and indexes."""
+        return self.config.seed
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the report and for --resume."""
         plain = {**asdict(self), "contexts": list(self.contexts), "methods": list(self.methods)}
-        return {**plain, **plain.pop("options")}
+        del plain["config"]
+        return {**plain, **config_as_dict(self.config, *CONFIG_FIELDS), **plain.pop("options")}
 
 
-def make_settings(
-    bench: str, *, model: str | None, context: str, method: str, samples: int, limit: int | None, text: Path | None,
-    top_k: int, followup: str, seed: int, threads: int | None, device: str, dtype: str, **options: Any,
-) -> Settings:  # fmt: skip
+def make_settings(bench: str, asked: Asked, model: WholeModel, config: RetrievalConfig, **options: Any) -> Settings:
     """Settings from what the command line gave; ValueError in one line for what cannot be.
 
     Methods are checked when a model's config is at hand, see `methods.parse_method`.
     """
-    names = tuple(dict.fromkeys(part for part in method.replace(" ", "").split(",") if part))
+    names = tuple(dict.fromkeys(part for part in asked.method.replace(" ", "").split(",") if part))
     if not names:
         raise ValueError("--method names no method; give at least one, as in --method full,scan")
     return Settings(
         bench=bench,
-        model=model,
-        contexts=parse_contexts(context),
+        model=model.model,
+        contexts=parse_lengths(asked.context, "--context"),
         methods=names,
-        samples=at_least(samples, 1, "--samples"),
-        limit=at_least_if_given(limit, 1, "--limit"),
-        text=None if text is None else str(text),
-        top_k=at_least(top_k, 1, "--top-k"),
-        followup=choose(followup, FOLLOWUPS, "--followup"),
-        seed=at_least(seed, 0, "--seed"),
-        threads=at_least_if_given(threads, 1, "--threads"),
-        device=choose(device, DEVICES, "--device"),
-        dtype=choose(dtype, DTYPES, "--dtype"),
+        samples=at_least(asked.samples, 1, "--samples"),
+        limit=at_least_if_given(asked.limit, 1, "--limit"),
+        text=None if asked.text is None else str(asked.text),
+        config=config,
+        device=model.device,
+        dtype=model.dtype,
         options=options,
     )
 
@@ -103,10 +120,7 @@ def parse_tasks(text: str, allowed: Sequence[str], groups: dict[str, Sequence[st
     found: list[str] = []
     for name in (part for part in text.replace(" ", "").split(",") if part):
         if name not in allowed and name not in groups:
-            every = [*allowed, *groups]
-            near = get_close_matches(name, every, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(every)}"
-            raise ValueError(f"unknown task {name!r}; {hint}")
+            raise ValueError(unknown("task", name, [*allowed, *groups]))
         found += groups.get(name, [name])
     if not found:
         raise ValueError(f"--task names no task; choose from {', '.join([*allowed, *groups])}")

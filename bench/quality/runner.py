@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.shared.options import choose
-from retrieval_attn.bench.shared.pictures import check_plot
-from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Report, Row, check_writable
+from retrieval_attn.bench.quality.options import KeptReport, Settings
+from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Report, Row
 
 # A report as text: the report, its form, and whether scores are all that is wanted.
 Render = Callable[[Report, str, bool], str]
@@ -19,20 +17,12 @@ Render = Callable[[Report, str, bool], str]
 class Output:
     """Where a report goes. Made, and so checked, before anything is measured."""
 
-    def __init__(
-        self, form: str, out: Path | None, plot: Path | None, resume: bool, scores_only: bool, config: dict[str, Any]
-    ) -> None:
-        """Raises ValueError or ImportError in one line for what could not be written later."""
+    def __init__(self, to: KeptReport, config: dict[str, Any]) -> None:
+        """config: plain data, by which a run that is resumed knows its own. ValueError if it does not."""
         from retrieval_attn.bench.quality.run import Kept
 
-        self.form, self.out, self.plot_to, self.scores_only = choose(form, FORMATS, "--output"), out, plot, scores_only
-        if resume and out is None:
-            raise ValueError("--resume goes on with what lies beside --out; say which file that was")
-        if plot is not None:
-            check_plot(plot)
-        if out is not None:
-            check_writable(out, "--out")
-        self.kept = None if out is None else Kept(out, config, resume)
+        self.form, self.out, self.plot_to, self.scores_only = to.form, to.out, to.plot, to.scores_only
+        self.kept = None if to.out is None else Kept(to.out, config, to.resume)
 
     def write(self, report: Report, plot: Callable[[Report, Path], None], render: Render | None = None) -> None:
         """Print the report, write it, draw it. What was kept is let go only then.
@@ -62,7 +52,7 @@ def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]]
     from retrieval_attn.bench.shared import machine
 
     methods = parse_methods(settings)
-    device, threads = machine.prepare(settings.device, settings.threads)
+    device, threads = machine.prepare(settings.device, settings.config.threads)
     # Now, and not at the end: the commit is that of the code that runs.
     settings, env = replace(settings, device=device), machine.describe(threads)
     with bar(settings.bench) as advance:
@@ -81,12 +71,8 @@ def run(settings: Settings, output: Output, plan: Callable[[Any], Sequence[Any]]
 def parse_methods(settings: Settings) -> list[Any]:
     """The methods of a run; ValueError for an unknown one."""
     from retrieval_attn.bench.methods.named import parse_method
-    from retrieval_attn.config import RetrievalConfig
 
-    config = RetrievalConfig(
-        top_k=settings.top_k, followup=settings.followup, seed=settings.seed, threads=settings.threads
-    )
-    return [parse_method(label, config) for label in settings.methods]
+    return [parse_method(label, settings.config) for label in settings.methods]
 
 
 def as_report(settings: Settings, env: dict[str, Any], rows: list[Row]) -> Report:
@@ -112,7 +98,7 @@ def load_llm(settings: Settings, weights: str = "auto") -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-    config = RetrievalConfig(seed=settings.seed, threads=settings.threads)
+    config = RetrievalConfig(seed=settings.seed, threads=settings.config.threads)
     return load(settings.model, config, device=settings.device, dtype=settings.dtype, weights=weights)
 
 

@@ -9,57 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.recall.options import RIVALS, Options, make_options
+from retrieval_attn.bench.recall.options import Asked, Options, make_options
 from retrieval_attn.bench.shared.machine import machine_note
-from retrieval_attn.bench.shared.options import LAYER_DTYPES, SHAPES, choose
+from retrieval_attn.bench.shared.options import Form, choose
 from retrieval_attn.bench.shared.pictures import require_matplotlib
 from retrieval_attn.bench.shared.report import FORMATS, SCHEMA_VERSION, Row, check_writable, short
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.options import Fields, option, with_options
 
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text)
-
-
+@with_options
 def command(
-    source: Annotated[
-        str,
-        _option(
-            "Vectors: shaped, real, real:LAYER, uniform, giant, duplicates, zeros, self, drift; or all.",
-            "--source",
-            "-s",
-        ),
-    ] = "shaped",
-    context: Annotated[str, _option("Numbers of keys; k = 1024, m = 1024 k.", "--context", "-c")] = "128k",
-    index: Annotated[str, _option("Our indexes, such as exact,graph; or all, or none.", "--index")] = "all",
-    compare: Annotated[str, _option(f"Rivals: {', '.join(RIVALS)}; or all, or none.", "--compare")] = "hnsw,faiss-ivf",
-    estimator: Annotated[
-        str,
-        _option(
-            "topk, lift, tail, and topk-group, tail-group (heads of a group share); or all, or none.", "--estimator"
-        ),
-    ] = "all",
-    effort: Annotated[
-        list[str] | None, _option("METHOD=N,N,... instead of its own ladder; repeatable.", "--effort")
-    ] = None,
-    top_k: Annotated[int, _option("Keys retrieved per query head.", "--top-k")] = 100,
-    queries: Annotated[int, _option("Held-out queries per head.", "--queries")] = 64,
-    shape: Annotated[str, _option(f"{', '.join(SHAPES)} or H,G,D; a real layer has its own.", "--shape")] = "llama3-8b",
-    dtype: Annotated[str, _option(f"{' or '.join(LAYER_DTYPES)}.", "--dtype")] = "bfloat16",
-    seed: Annotated[str, _option("Seeds of vectors, texts and indexes, such as 0,1,2.", "--seed")] = "0",
-    threads: Annotated[int | None, _option("CPU threads (default: all cores).", "--threads")] = None,
-    model: Annotated[
-        str | None, _option("Model of real vectors: a folder or hub id (default: embedded).", "--model", "-m")
-    ] = None,
-    text: Annotated[
-        Path | None, _option("Text that the model reads, beside the facts (default: generated).", "--text")
-    ] = None,
-    capture: Annotated[
-        Path | None, _option("File of real vectors: read if it is there, else written.", "--capture")
-    ] = None,
-    form: Annotated[str, _option(f"Written to stdout: {', '.join(FORMATS)}.", "--output", "-o")] = "md",
-    out: Annotated[Path | None, _option("Also write the report to this file: .json, .md or .csv.", "--out")] = None,
-    plot: Annotated[Path | None, _option("Also draw a picture per source into this folder.", "--plot")] = None,
-    check: Annotated[bool, _option("Check that hits are what they say.", "--check/--no-check")] = True,
+    asked: Asked,
+    config: Annotated[RetrievalConfig, Fields("top_k", "threads", rest=False)],
+    form: Form = "md",
+    out: Annotated[Path | None, option("Also write the report to this file: .json, .md or .csv.", "--out")] = None,
+    plot: Annotated[Path | None, option("Also draw a picture per source into this folder.", "--plot")] = None,
 ) -> None:
     """Recall, recovered mass, output error, bytes and time of one layer's search, for every method and effort.
 
@@ -67,13 +32,10 @@ def command(
     what was measured. A method that fails is a row that says why.
     """
     choose(form, FORMATS, "--output")
-    options = make_options(
-        source, context, seed, index, compare, estimator, effort or [], top_k, queries, shape, dtype, threads, model,
-        text, capture, check,
-    )  # fmt: skip
+    options = make_options(asked, config)
     _check_files(out, plot)
-    if capture is not None and not capture.exists():
-        check_writable(capture, "--capture")
+    if asked.capture is not None and not asked.capture.exists():
+        check_writable(asked.capture, "--capture")
     report = run(options, shown=sys.stderr.isatty())
     _write(report, form, out, plot)
     if report["interrupted"]:

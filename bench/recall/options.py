@@ -3,20 +3,66 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from retrieval_attn.bench.shared.options import (
     LAYER_DTYPES,
+    SHAPES,
+    Check,
+    LayerDtype,
     LayerShape,
     at_least,
-    at_least_if_given,
     choose,
-    parse_contexts,
     parse_shape,
 )
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.options import option
+from retrieval_attn.terminal.units import parse_lengths
 
 # Attention over all keys beside those that search: stock sdpa with the head group folded, and faiss.
 RIVALS = ("folded", "hnsw", "faiss-ivf")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured, as it was written."""
+
+    source: Annotated[
+        str,
+        option(
+            "Vectors: shaped, real, real:LAYER, uniform, giant, duplicates, zeros, self, drift; or all.",
+            "--source",
+            "-s",
+        ),
+    ] = "shaped"
+    context: Annotated[str, option("Numbers of keys; k = 1024, m = 1024 k.", "--context", "-c")] = "128k"
+    index: Annotated[str, option("Our indexes, such as exact,graph; or all, or none.", "--index")] = "all"
+    compare: Annotated[str, option(f"Rivals: {', '.join(RIVALS)}; or all, or none.", "--compare")] = "hnsw,faiss-ivf"
+    estimator: Annotated[
+        str,
+        option("topk, lift, tail, and topk-group, tail-group (a head group shares); or all, or none.", "--estimator"),
+    ] = "all"
+    effort: Annotated[list[str] | None, option("METHOD=N,N,... instead of its own ladder; repeatable.", "--effort")] = (
+        None
+    )
+    queries: Annotated[int, option("Held-out queries per head.", "--queries")] = 64
+    shape: Annotated[str, option(f"{', '.join(SHAPES)} or H,G,D; a real layer has its own.", "--shape")] = "llama3-8b"
+    dtype: LayerDtype = "bfloat16"
+    seed: Annotated[str, option("Seeds of vectors, texts and indexes, such as 0,1,2.", "--seed")] = "0"
+    model: Annotated[
+        str | None, option("Model of real vectors: a folder or hub id.", "--model", "-m", default="the embedded model")
+    ] = None
+    text: Annotated[
+        Path | None, option("Text that the model reads, beside the facts.", "--text", default="generated prose")
+    ] = None
+    capture: Annotated[Path | None, option("File of real vectors: read if it is there, else written.", "--capture")] = (
+        None
+    )
+    check: Check = True
+
+    def __post_init__(self) -> None:
+        if self.text is not None and not self.text.is_file():
+            raise ValueError(f"--text must be a file that exists, got {str(self.text)!r}")
 
 
 @dataclass(frozen=True)
@@ -50,41 +96,35 @@ class Options:
         return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
-def make_options(
-    source: str, context: str, seed: str, index: str, compare: str, estimators: str, effort: Sequence[str], top_k: int,
-    queries: int, shape: str, dtype: str, threads: int | None, model: str | None, text: Path | None,
-    capture: Path | None, check: bool,
-) -> Options:  # fmt: skip
+def make_options(asked: Asked, config: RetrievalConfig) -> Options:
     """Options from what the command line gave; ValueError in one line for what cannot be."""
     from retrieval_attn.bench.recall.estimators import ESTIMATORS
     from retrieval_attn.index import INDEX_KINDS
 
-    methods = _names(compare, RIVALS, "--compare") + _names(index, INDEX_KINDS, "--index")
+    methods = _names(asked.compare, RIVALS, "--compare") + _names(asked.index, INDEX_KINDS, "--index")
     if not methods:
         raise ValueError("--index and --compare name no method; give at least one")
-    layer_shape = parse_shape(shape)
-    if layer_shape is None:
+    shape = parse_shape(asked.shape)
+    if shape is None:
         raise ValueError(
             '--shape must be llama3-8b or H,G,D; for the embedded model take --source real, got "embedded"'
         )
-    if text is not None and not text.is_file():
-        raise ValueError(f"--text must be a file that exists, got {str(text)!r}")
     return Options(
-        sources=_sources(source),
-        contexts=parse_contexts(context),
-        seeds=_integers(seed, 0, "--seed"),
+        sources=_sources(asked.source),
+        contexts=parse_lengths(asked.context, "--context"),
+        seeds=_integers(asked.seed, 0, "--seed"),
         methods=methods,
-        estimators=_names(estimators, tuple(ESTIMATORS), "--estimator"),
-        efforts=_efforts(effort, methods),
-        top_k=at_least(top_k, 1, "--top-k"),
-        queries=at_least(queries, 1, "--queries"),
-        shape=layer_shape,
-        dtype=choose(dtype, LAYER_DTYPES, "--dtype"),
-        threads=at_least_if_given(threads, 1, "--threads"),
-        model=model,
-        text=text,
-        capture=capture,
-        check=check,
+        estimators=_names(asked.estimator, tuple(ESTIMATORS), "--estimator"),
+        efforts=_efforts(asked.effort or [], methods),
+        top_k=config.top_k,
+        queries=at_least(asked.queries, 1, "--queries"),
+        shape=shape,
+        dtype=choose(asked.dtype, LAYER_DTYPES, "--dtype"),
+        threads=config.threads,
+        model=asked.model,
+        text=asked.text,
+        capture=asked.capture,
+        check=asked.check,
     )
 
 

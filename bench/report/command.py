@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,21 +11,22 @@ from retrieval_attn.bench.report.read import Found, read_folder
 from retrieval_attn.bench.report.readme import BLOCKS, rewritten
 from retrieval_attn.bench.shared.pictures import NO_PICTURES, can_draw
 from retrieval_attn.bench.shared.report import check_writable, results_folder
-
-
-def _option(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, **more)
+from retrieval_attn.terminal.options import option
 
 
 def command(
     results: Annotated[
         Path | None,
-        _option("The folder of reports, *.json; bench/results of the source tree, or the current folder.", "--results"),
+        option(
+            "The folder of reports, *.json.",
+            "--results",
+            default="bench/results of the source tree, or the current folder",
+        ),
     ] = None,
-    out: Annotated[Path | None, _option("Write the page to this .html file.", "--out", "-o")] = None,
-    readme: Annotated[Path | None, _option(f"Rewrite the blocks {', '.join(BLOCKS)} in it.", "--readme")] = None,
+    out: Annotated[Path | None, option("Write the page to this .html file.", "--out", "-o")] = None,
+    readme: Annotated[Path | None, option(f"Rewrite the blocks {', '.join(BLOCKS)} in it.", "--readme")] = None,
     check: Annotated[
-        bool, _option("Leave the README as it is; exit with 1 if its blocks are not what would be written.", "--check")
+        bool, option("Leave the README as it is; exit with 1 if its blocks are not what would be written.", "--check")
     ] = False,
 ) -> None:
     """Collect reports into one HTML page that needs nothing else, and into the tables of a README.

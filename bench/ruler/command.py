@@ -6,34 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.quality import options as q
-from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings, parse_tasks
+from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, Settings, make_settings, parse_tasks
 from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
+from retrieval_attn.bench.shared.options import WholeModel
 from retrieval_attn.bench.shared.report import Report
+from retrieval_attn.terminal.options import Fields, option, with_options
 
 
+@with_options
 def command(
+    asked: Annotated[Asked, Fields(samples=5)],
+    model: WholeModel,
+    config: Config,
+    to: KeptReport,
     task: Annotated[
-        str, q._option("Tasks, or retrieval (the eight of niah), or all that need no file.", "--task", "-t")
+        str, option("Tasks, or retrieval (the eight of niah), or all that need no file.", "--task", "-t")
     ] = "retrieval",
-    context: q.Context = "8k,32k",
-    method: q.MethodsOption = DEFAULT_METHODS,
-    samples: q.Samples = 5,
-    qa: Annotated[Path | None, q._option("SQuAD's or HotpotQA's .json, for the task qa.", "--qa")] = None,
-    limit: q.Limit = None,
-    text: q.Text = None,
-    model: q.ModelOption = None,
-    top_k: q.TopK = 100,
-    followup: q.Followup = "retrieve",
-    seed: q.SeedOption = 0,
-    threads: q.Threads = None,
-    device: q.Device = "auto",
-    dtype: q.Dtype = "auto",
-    form: q.Form = "md",
-    out: q.Out = None,
-    plot: q.Plot = None,
-    resume: q.Resume = False,
-    scores_only: q.ScoresOnly = False,
+    qa: Annotated[Path | None, option("SQuAD's or HotpotQA's .json, for the task qa.", "--qa")] = None,
 ) -> None:
     """RULER's tasks by method and length: needles, variable tracking, common and frequent words; questions from a file.
 
@@ -42,12 +31,8 @@ def command(
     tasks = parse_tasks(task, names(), groups())
     if ("qa" in tasks) != (qa is not None):
         raise ValueError("the task qa and --qa FILE go together: --task qa --qa squad.json")
-    settings = make_settings(
-        "ruler", model=model, context=context, method=method, samples=samples, limit=limit, text=text, top_k=top_k,
-        followup=followup, seed=seed, threads=threads, device=device, dtype=dtype, tasks=tasks,
-        qa=None if qa is None else str(qa),
-    )  # fmt: skip
-    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    settings = make_settings("ruler", asked, model, config, tasks=tasks, qa=None if qa is None else str(qa))
+    output = Output(to, settings.as_dict())
     report = measure(settings, output)
     from retrieval_attn.bench.quality.plot import plot_tasks
 

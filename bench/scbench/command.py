@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.quality import options as q
-from retrieval_attn.bench.quality.options import DEFAULT_METHODS, Settings, make_settings, parse_tasks
+from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, Settings, make_settings, parse_tasks
 from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
-from retrieval_attn.bench.shared.options import parse_names
+from retrieval_attn.bench.shared.options import WholeModel, parse_names
 from retrieval_attn.bench.shared.report import Report
+from retrieval_attn.terminal.options import Fields, option, with_options
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.quality.examples import Example, Prompts
@@ -18,29 +18,17 @@ if TYPE_CHECKING:
 MODES = ("multi-turn", "multi-request")
 
 
+@with_options
 def command(
+    asked: Annotated[Asked, Fields(samples=3)],
+    model: WholeModel,
+    config: Config,
+    to: KeptReport,
     task: Annotated[
-        str, q._option("Tasks, or string (its string retrieval), or all that need no file.", "--task", "-t")
+        str, option("Tasks, or string (its string retrieval), or all that need no file.", "--task", "-t")
     ] = "string",
-    mode: Annotated[str, q._option(f"{' or '.join(MODES)}, or both.", "--mode")] = ",".join(MODES),
-    context: q.Context = "8k,32k",
-    method: q.MethodsOption = DEFAULT_METHODS,
-    samples: q.Samples = 3,
-    data: Annotated[Path | None, q._option("Published JSON lines, instead of generated examples.", "--data")] = None,
-    limit: q.Limit = None,
-    text: q.Text = None,
-    model: q.ModelOption = None,
-    top_k: q.TopK = 100,
-    followup: q.Followup = "retrieve",
-    seed: q.SeedOption = 0,
-    threads: q.Threads = None,
-    device: q.Device = "auto",
-    dtype: q.Dtype = "auto",
-    form: q.Form = "md",
-    out: q.Out = None,
-    plot: q.Plot = None,
-    resume: q.Resume = False,
-    scores_only: q.ScoresOnly = False,
+    mode: Annotated[str, option(f"{' or '.join(MODES)}, or both.", "--mode")] = ",".join(MODES),
+    data: Annotated[Path | None, option("Published JSON lines, instead of generated examples.", "--data")] = None,
 ) -> None:
     """SCBench's shared contexts: several questions about one text, with scores, latency and memory of every turn.
 
@@ -51,13 +39,10 @@ def command(
     modes = list(parse_names(mode, MODES, "--mode"))
     if not modes:
         raise ValueError(f"--mode must be of {', '.join(MODES)}, got {mode!r}")
-    settings = make_settings(
-        "scbench", model=model, context=context, method=method, samples=samples, limit=limit, text=text, top_k=top_k,
-        followup=followup, seed=seed, threads=threads, device=device, dtype=dtype, modes=modes,
-        tasks=[task] if data is not None else parse_tasks(task, names(), groups()),
-        data=None if data is None else str(data),
-    )  # fmt: skip
-    output = Output(form, out, plot, resume, scores_only, settings.as_dict())
+    tasks = [task] if data is not None else parse_tasks(task, names(), groups())
+    own = {"modes": modes, "tasks": tasks, "data": None if data is None else str(data)}
+    settings = make_settings("scbench", asked, model, config, **own)
+    output = Output(to, settings.as_dict())
     report = measure(settings, output)
     from retrieval_attn.bench.quality.plot import plot_tasks
 

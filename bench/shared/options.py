@@ -1,14 +1,66 @@
-"""What the options of benchmarks may say, and how it is read; every parser raises ValueError in one line. Cheap."""
+"""What the options of benchmarks may say, and how it is read; every parser raises ValueError in one line. Cheap.
 
-from typing import NamedTuple
+Options that many of them share stand in dataclasses, see `terminal.options.with_options`.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from retrieval_attn.bench.shared.pictures import check_plot
+from retrieval_attn.bench.shared.report import FORMATS, check_writable
+from retrieval_attn.config import DTYPES, RetrievalConfig
+from retrieval_attn.terminal.options import MODEL, option
 
 DEVICES = ("auto", "cpu", "cuda")
 
-# Of a whole model, and of a layer's made-up vectors.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of a layer's made-up vectors.
 LAYER_DTYPES = ("bfloat16", "float32")
 
-_UNITS = {"k": 1 << 10, "m": 1 << 20}
+Context = Annotated[str, option("Token counts; k = 1024, m = 1024 k.", "--context", "-c")]
+Form = Annotated[str, option(f"Written to stdout: {', '.join(FORMATS)}.", "--output", "-o")]
+Out = Annotated[Path | None, option("Also write the report, as JSON, to this file.", "--out")]
+Plot = Annotated[Path | None, option("Also draw it: .png or .svg.", "--plot")]
+Check = Annotated[bool, option("Compare what was found with what is right.", "--check/--no-check")]
+LayerDtype = Annotated[str, option(f"{' or '.join(LAYER_DTYPES)}.", "--dtype", panel=MODEL)]
+Device = Annotated[str, option(f"{', '.join(DEVICES)}.", "--device", panel=MODEL)]
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Which model is loaded, where to, and with which numbers; see `load`. ValueError for what is none."""
+
+    model: Annotated[
+        str | None, option("A folder or hub id.", "--model", "-m", panel=MODEL, default="the embedded model")
+    ] = None
+    device: Device = "auto"
+    dtype: Annotated[str, option(f"{', '.join(DTYPES)}.", "--dtype", panel=MODEL)] = "auto"
+
+    def __post_init__(self) -> None:
+        choose(self.device, DEVICES, "--device")
+        choose(self.dtype, DTYPES, "--dtype")
+
+
+@dataclass(frozen=True)
+class ReportTo:
+    """Where a report goes. ValueError or ImportError now for what could not be written after a long run."""
+
+    form: Form = "md"
+    out: Out = None
+    plot: Plot = None
+
+    def __post_init__(self) -> None:
+        choose(self.form, FORMATS, "--output")
+        if self.plot is not None:
+            check_plot(self.plot)
+        if self.out is not None:
+            check_writable(self.out, "--out")
+
+
+def config_as_dict(config: RetrievalConfig, *names: str) -> dict[str, Any]:
+    """Plain data of a config, for a report: the fields of these names, and those that are not the default."""
+    plain, default = asdict(config), asdict(RetrievalConfig())
+    return {name: value for name, value in plain.items() if name in names or value != default[name]}
 
 
 class LayerShape(NamedTuple):
@@ -20,17 +72,6 @@ class LayerShape(NamedTuple):
 
 
 SHAPES = {"llama3-8b": LayerShape(32, 8, 128)}
-
-
-def parse_contexts(text: str) -> tuple[int, ...]:
-    """Token counts from a list such as "8k,32k,1m,5000"; k is 1024, m is 1024 * 1024. ValueError for others."""
-    found = []
-    for part in text.lower().replace(" ", "").split(","):
-        digits, unit = (part[:-1], _UNITS[part[-1]]) if part[-1:] in _UNITS else (part, 1)
-        if not digits.isdecimal() or int(digits) < 1:
-            raise ValueError(f"--context must list token counts such as 8k,32k,1m or 5000, got {part!r} in {text!r}")
-        found.append(int(digits) * unit)
-    return tuple(dict.fromkeys(found))
 
 
 def parse_names(text: str, allowed: tuple[str, ...], flag: str) -> tuple[str, ...]:

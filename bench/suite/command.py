@@ -11,10 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_attn.bench.quality import options as q
-from retrieval_attn.bench.shared.options import parse_contexts
+from retrieval_attn.bench.shared.options import Context, WholeModel
 from retrieval_attn.bench.shared.pictures import can_draw
 from retrieval_attn.bench.shared.report import short
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.options import Fields, option, with_options
+from retrieval_attn.terminal.units import parse_lengths
 
 # What a command that Ctrl-C ended leaves behind.
 INTERRUPTED = 130
@@ -43,29 +45,28 @@ def _parts(context: int, limit: int | None) -> dict[str, dict[str, Any]]:
     }
 
 
+@with_options
 def command(
+    model: Annotated[WholeModel, Fields("model", "device")],
+    config: Annotated[RetrievalConfig, Fields("seed", "threads", rest=False)],
     folder: Annotated[Path, typer.Argument(help="Where reports and pictures go; made if it is not there.")],
-    context: q.Context = "32k",
-    model: q.ModelOption = None,
-    limit: Annotated[int | None, q._option("So many examples of each task: a smoke run.", "--limit")] = None,
-    seed: q.SeedOption = 0,
-    threads: q.Threads = None,
-    device: q.Device = "auto",
-    resume: q.Resume = False,
+    context: Context = "32k",
+    limit: Annotated[int | None, option("So many examples of each task: a smoke run.", "--limit")] = None,
+    resume: Annotated[bool, option("Leave out what is in FOLDER already.", "--resume")] = False,
 ) -> None:
     """needle, ruler, scbench, ppl, compare and fidelity, one after the other, then one page about all of them.
 
     What is done already, in FOLDER, is not done again with --resume. One that fails does not keep the others from
     running; the exit status is 1 then.
     """
-    contexts = parse_contexts(context)
+    contexts = parse_lengths(context, "--context")
     if len(contexts) != 1:
         raise ValueError(f"--context of a suite is one length, got {context!r}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"FOLDER cannot be made at {str(folder)!r}: {error.strerror}") from error
-    common = {"model": model, "seed": seed, "threads": threads, "device": device}
+    common = {"model": model.model, "seed": config.seed, "threads": config.threads, "device": model.device}
     failures = [
         name for name, asked in _parts(contexts[0], limit).items()
         if not _run(name, folder, {**common, **asked}, resume)
@@ -104,7 +105,7 @@ def _was_asked(out: Path, asked: dict[str, Any]) -> bool:
     """Whether a report that is there went well; ValueError if it was made with other settings than are asked now."""
     report = json.loads(out.read_text())
     config = report.get("config", {})
-    wanted = {**asked, "contexts": list(parse_contexts(asked["context"]))}
+    wanted = {**asked, "contexts": list(parse_lengths(asked["context"], "--context"))}
     for key in ("model", "seed", "contexts", "samples", "limit", "depths"):
         if key in wanted and key in config and config[key] != wanted[key]:
             raise ValueError(

@@ -58,11 +58,15 @@ class ModelOptions:
 class Fields:
     """Which fields of a dataclass become options of a command (all, if none is named), and which defaults differ there.
 
-    rest: whether --set reaches the fields of a config that are not named.
+    rest: whether --set reaches the fields of a config that are not named, but for those that the command does without.
     """
 
-    def __init__(self, *only: str, rest: bool = True, **defaults: Any) -> None:
-        self.only, self.rest, self.defaults = only, rest, defaults
+    def __init__(self, *only: str, rest: bool = True, without: Sequence[str] = (), **defaults: Any) -> None:
+        self.only, self.rest, self.without, self.defaults = only, rest, without, defaults
+
+    def reaches(self, field: str) -> bool:
+        """Whether the field can be said at all."""
+        return self.shows(field) or (self.rest and field not in self.without)
 
     def shows(self, field: str) -> bool:
         """Whether the field has an option of its own."""
@@ -83,7 +87,7 @@ class _Bundle:
         if self.kind not in (RetrievalConfig, Sampling):
             return {}
         every = words_of(self.kind).items()
-        return {name: word for name, word in every if self.asked.rest or self.asked.shows(word.field)}
+        return {name: word for name, word in every if self.asked.reaches(word.field)}
 
     def options(self) -> Iterator[inspect.Parameter]:
         """What typer needs to know of each option."""
@@ -99,7 +103,8 @@ class _Bundle:
     def make(self, given: Mapping[str, Any], said: Mapping[str, Any]) -> Any:
         """The dataclass, from the values of all options and of the words that were said."""
         if not self.words:
-            return self.kind(**{field.name: given[field.name] for field in fields(self.kind) if field.name in given})
+            own = {field.name: given[field.name] for field in fields(self.kind) if self.asked.shows(field.name)}
+            return self.kind(**{**self.asked.defaults, **own})
         return made(self.kind, {name: said[name] for name in self.words if name in said}, self.asked.defaults)
 
 

@@ -285,7 +285,7 @@ def test_chat_templates_are_the_tokenizers(model):
 
 def test_an_unknown_model_argument_is_one_line_with_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown model argument 'topk'; the arguments are pretrained, device"
+        ValueError, match=r"unknown model argument 'topk'; did you mean top_k\? There are pretrained, device"
     ) as caught:
         HarnessModel(topk=3)
     assert all(name in str(caught.value) for name in MODEL_ARGS)

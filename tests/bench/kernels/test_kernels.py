@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,22 +17,19 @@ from retrieval_attn.bench.kernels import measure as kernels_measure
 from retrieval_attn.bench.kernels import methods as kernels_prefill
 from retrieval_attn.bench.kernels.measure import over_prompt, places
 from retrieval_attn.bench.kernels.methods import Chunk, Result, count_pairs
-from retrieval_attn.bench.kernels.options import PATTERNS, STEPS, make_options
+from retrieval_attn.bench.kernels.options import PATTERNS, Asked, make_options
 from retrieval_attn.bench.kernels.rows import DENSE, ROW_FIELDS, SQUARE, Limits, blank_row, compare, set_shares
 from retrieval_attn.bench.kernels.truth import judge, truth_of
 from retrieval_attn.cli import app
+from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.kernels import AttentionState, HeadPattern, attend_dense, reference
 from retrieval_attn.kernels.sparse.coverage import Layout
 from retrieval_attn.kernels.sparse.patterns import fixed_index
 
 
 def options(**changes):
-    given = {
-        "lengths": "1k,2600", "patterns": ",".join(PATTERNS), "steps": ",".join(STEPS), "source": "shaped_mixed",
-        "shape": "4,2,64", "mass": 0.9, "chunk": 512, "repeat": 2, "dtype": "float32", "device": "cpu", "threads": None,
-        "seed": 0,
-    }  # fmt: skip
-    return make_options(**{**given, **changes})
+    asked = Asked(context="1k,2600", shape="4,2,64", mass=0.9, chunk=512, repeat=2, dtype="float32", device="cpu")
+    return make_options(replace(asked, **changes), RetrievalConfig())
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +59,7 @@ def peaky(H=4, G=2, T=200, S=300, D=64):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lengths": "8x"}, "--context must list token counts such as 8k"),
+        ({"context": "8x"}, "--context must be tokens such as 8k"),
         ({"patterns": "auto,tri"}, "--patterns must be of auto, mass_vertical_slash, .*, block_sparse .*got 'tri'"),
         ({"steps": "far"}, "--steps must be of near, merge"),
         ({"source": "real"}, "--source must be one of real:<layer>, shaped, shaped_mixed, got 'real'"),
@@ -213,7 +211,7 @@ def test_a_wrong_output_gives_no_number(monkeypatch):
         return AttentionState(state.out * 1.01, state.lse)
 
     monkeypatch.setattr(kernels_prefill, "attend_dense", wrong)
-    rows = {row["method"]: row for row in kernels.run(options(lengths="600", patterns="none", steps="none"))["results"]}
+    rows = {row["method"]: row for row in kernels.run(options(context="600", patterns="none", steps="none"))["results"]}
     assert (rows["dense"]["status"], rows["dense"]["check"]) == ("failed", "failed")
     assert "times as far from exact attention" in rows["dense"]["reason"]
     assert rows["dense"]["speedup_vs_sdpa"] is None
@@ -229,7 +227,7 @@ def test_a_failing_kernel_is_a_row(monkeypatch, error, status):
 
     monkeypatch.setattr(kernels_prefill, "attend_adaptive", fail)
     monkeypatch.setattr("retrieval_attn.bench.kernels.steps.attend_near", fail)
-    found = kernels.run(options(lengths="600", patterns="auto", steps="near"))
+    found = kernels.run(options(context="600", patterns="auto", steps="near"))
     rows = {row["method"]: row for row in found["results"]}
     for name in ("auto", "near"):
         assert (rows[name]["status"], rows[name]["reason"]) == (status, str(error).split("\n")[0])
@@ -238,7 +236,7 @@ def test_a_failing_kernel_is_a_row(monkeypatch, error, status):
 
 
 def test_a_prompt_too_large_is_a_row():
-    rows = kernels.run(options(lengths="4096m,600", patterns="none", steps="merge"))["results"]
+    rows = kernels.run(options(context="4096m,600", patterns="none", steps="merge"))["results"]
     assert (rows[0]["method"], rows[0]["status"]) == ("vectors", "oom")
     assert "GiB of CPU memory" in rows[0]["reason"]
     assert [row["method"] for row in rows[1:]] == ["sdpa", "dense", SQUARE, "merge"]
@@ -246,12 +244,12 @@ def test_a_prompt_too_large_is_a_row():
 
 def test_one_call_is_left_out_where_it_takes_too_long(monkeypatch):
     monkeypatch.setattr(kernels_measure, "MOST_SECONDS", 0.0)
-    rows = kernels.run(options(lengths="600", patterns="none", steps="none"))["results"]
+    rows = kernels.run(options(context="600", patterns="none", steps="none"))["results"]
     assert (rows[-1]["method"], rows[-1]["status"]) == (SQUARE, "skipped")
 
 
 def test_a_real_layer_has_its_own_shape():
-    rows = kernels.run(options(lengths="1100", source="real:1", patterns="auto", steps="near,merge"))["results"]
+    rows = kernels.run(options(context="1100", source="real:1", patterns="auto", steps="near,merge"))["results"]
     assert {row["status"] for row in rows} == {"ok"}
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,21 +15,24 @@ import retrieval_attn.bench.latency.layer as latency_layer
 from retrieval_attn.bench.latency import command as latency
 from retrieval_attn.bench.latency import format as latency_format
 from retrieval_attn.bench.latency.format import ROW_FIELDS
-from retrieval_attn.bench.latency.options import make_options
+from retrieval_attn.bench.latency.options import Asked, make_options
 from retrieval_attn.bench.methods import rivals
-from retrieval_attn.bench.shared.options import parse_contexts, parse_names, parse_shape
+from retrieval_attn.bench.shared.options import parse_names, parse_shape
 from retrieval_attn.bench.shared.pictures import check_plot
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, short
+from retrieval_attn.config import RetrievalConfig
+
+CONFIG_NAMES = {field.name for field in fields(RetrievalConfig)} - {"index"}
 
 
 def options(**changes):
-    given = {
-        "context": "1500", "gen": 2, "repeat": 2, "warmup": 0, "index": "exact", "compare": "full,folded", "layers": 1,
-        "shape": "4,2,32", "model": None, "dtype": "float32", "top_k": 20, "estimator": "tail",
-        "threads": None, "seed": 0, "device": "cpu",
-        "check": True,
-    }  # fmt: skip
-    return make_options(**{**given, **changes})
+    """A small sweep; changes are of `Asked` or of the config."""
+    own = {name: changes.pop(name) for name in CONFIG_NAMES & set(changes)}
+    asked = Asked(
+        context="1500", gen=2, repeat=2, warmup=0, index="exact", compare="full,folded", layers=1, shape="4,2,32",
+        dtype="float32", device="cpu",
+    )  # fmt: skip
+    return make_options(replace(asked, **changes), RetrievalConfig(**{"top_k": 20, "exact_below": 0, **own}))
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +48,6 @@ def report():
         patch.setattr(latency_layer, "cache_bytes", lambda: 1 << 16)
         patch.setattr("retrieval_attn.bench.shared.machine.copy_bandwidth", lambda device: 1e10)
         yield latency.run(options(context="300,1500", index="exact,ivf", layers=2, warmup=1))
-
-
-def test_contexts():
-    assert parse_contexts("8k, 32K,1m,5000,8k") == (8192, 32768, 1048576, 5000)
-
-
-@pytest.mark.parametrize("text", ["", "8x", "k", "1.5k", "0", "-8k", "8k,,9k"])
-def test_contexts_that_are_none(text):
-    with pytest.raises(ValueError, match=r"--context must list token counts such as 8k"):
-        parse_contexts(text)
 
 
 def test_names():

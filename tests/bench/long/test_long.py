@@ -40,7 +40,7 @@ def test_the_verdict_compares_first_and_last():
     ("words", "says"),
     [
         (["--tokens", "0"], "--tokens must be at least 1"),
-        (["--index", "hnsw"], "--index must be one of"),
+        (["--index", "hnsw"], "index must be one of"),
         (["-o", "/missing/rows.json"], "--out"),
     ],
 )

@@ -64,8 +64,8 @@ def test_a_peak_begins_anew_with_its_phase():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-c", "8x"], "--context must list token counts"),
-        (["--index", "tree"], "--index must be"),
+        (["-c", "8x"], "--context must be tokens such as 8k"),
+        (["--index", "tree"], "index must be"),
         (["--device", "tpu"], "--device must be"),
         (["--save", "/nowhere"], "--save must be a folder that exists"),
         (["-o", "/nowhere/a.json"], "--out must lie in a folder that exists"),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from retrieval_attn.bench.recall import measure as recall_measure
 from retrieval_attn.bench.recall.curves import at_error, at_recall, growth
 from retrieval_attn.bench.recall.estimators import ESTIMATORS
 from retrieval_attn.bench.recall.format import ROW_FIELDS, blank_row
-from retrieval_attn.bench.recall.options import make_options
+from retrieval_attn.bench.recall.options import Asked, make_options
 from retrieval_attn.bench.recall.truth import Truth, check_hits
 from retrieval_attn.bench.vectors.sources import capture, vectors
+from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.index import INDEX_KINDS, SearchResult, build_index
 from retrieval_attn.kernels import TailSummary
 
@@ -28,12 +30,10 @@ TIMES = {name for name in ROW_FIELDS if name.endswith(("_us", "_s"))}
 
 
 def options(**changes):
-    given = {
-        "source": "shaped", "context": "1500", "seed": "3", "index": "exact", "compare": "none", "estimators": "all",
-        "effort": [], "top_k": 20, "queries": 4, "shape": "4,2,32", "dtype": "float32", "threads": None, "model": None,
-        "text": None, "capture": None, "check": True,
-    }  # fmt: skip
-    return make_options(**{**given, **changes})
+    asked = Asked(
+        context="1500", seed="3", index="exact", compare="none", queries=4, shape="4,2,32", dtype="float32"
+    )  # fmt: skip
+    return make_options(replace(asked, **changes), RetrievalConfig(top_k=20))
 
 
 @pytest.fixture(autouse=True)
@@ -75,19 +75,17 @@ def test_lists():
     [
         ({"source": "fake"}, "source must be one of real:<layer>, shaped"),
         ({"source": ""}, "--source must be of real"),
-        ({"context": "0"}, "--context must list token counts"),
+        ({"context": "0"}, "--context must be at least 1"),
         ({"seed": "a"}, "--seed must list integers"),
         ({"index": "none"}, "name no method"),
         ({"index": "tree"}, "--index must be of exact"),
         ({"compare": "annoy"}, "--compare must be of folded, hnsw, faiss-ivf"),
-        ({"estimators": "guess"}, "--estimator must be of topk, lift, tail"),
+        ({"estimator": "guess"}, "--estimator must be of topk, lift, tail"),
         ({"effort": ["graph=3"]}, "--effort must be METHOD=N,N"),
         ({"effort": ["exact=x"]}, "--effort must list integers"),
-        ({"top_k": 0}, "--top-k must be at least 1"),
         ({"queries": 0}, "--queries must be at least 1"),
         ({"shape": "embedded"}, "take --source real"),
         ({"dtype": "int8"}, "--dtype must be one of"),
-        ({"threads": 0}, "--threads must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(change, message):
@@ -160,7 +158,7 @@ def test_a_sample_needs_one_key_more(monkeypatch):
         return index
 
     monkeypatch.setattr(recall_measure, "build_index", build)
-    recall.run(options(estimators="topk,lift,tail"))
+    recall.run(options(estimator="topk,lift,tail"))
     assert {pair for pair in asked if pair[1] > 1} == {(False, 20), (True, 21)}
 
 
@@ -185,7 +183,7 @@ def test_the_same_seeds_give_the_same_figures():
 def test_real_layers_come_from_one_capture(tmp_path):
     path = tmp_path / "real.safetensors"
     capture(400, seed=0, n_heldout=6).save(path)
-    report = recall.run(options(source="real", context="400,9000", capture=path, queries=6, estimators="topk"))
+    report = recall.run(options(source="real", context="400,9000", capture=path, queries=6, estimator="topk"))
     assert [row["source"] for row in rows_of(report, context=400)] == ["real:0", "real:1", "real:2"]
     assert all(row["status"] == "ok" and row["queries"] == 6 for row in rows_of(report, context=400))
     assert all("S must be between 1 and 400" in row["reason"] for row in rows_of(report, context=9000))
@@ -193,7 +191,7 @@ def test_real_layers_come_from_one_capture(tmp_path):
 
 def test_a_capture_is_written_where_none_is(tmp_path):
     path = tmp_path / "real.safetensors"
-    report = recall.run(options(source="real:1", context="300,500", capture=path, estimators="none"))
+    report = recall.run(options(source="real:1", context="300,500", capture=path, estimator="none"))
     assert path.is_file()
     assert [row["status"] for row in report["results"]] == ["ok", "ok"]
 
