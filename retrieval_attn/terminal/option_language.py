@@ -138,7 +138,8 @@ def parse_pairs(pairs: Iterable[str], words: Mapping[str, Word], where: str) -> 
 
 def made(options: type[T], said: Mapping[str, Any], defaults: Mapping[str, Any]) -> T:
     """The dataclass from what was said, by word, and from defaults, by field. Its errors name words, too."""
-    words = words_of(options).values()
+    kind: type = options
+    words = words_of(kind).values()
     own = {word.field: said[word.name] for word in words if word.name in said}
     try:
         return options(**{**defaults, **own})
