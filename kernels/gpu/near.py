@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 # The least that a matrix product takes. More would only leave fewer programs: a step has R * T rows a KV head.
 ROWS = 16
 
