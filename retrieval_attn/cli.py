@@ -220,6 +220,14 @@ def search_patterns(
     print(f"{found.n_tokens} tokens read, {found.budget} keys per query; the patterns are in {out}")
 
 
+@app.command()
+def options() -> None:
+    """Print every option of retrieval and of answers, with what it does and its default, as Markdown."""
+    from retrieval_attn.terminal.options_page import options_page
+
+    print(options_page(), end="")
+
+
 def _fail(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(status)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def test_defaults_in_the_help_are_those_of_the_config():
         (["generate", ""], "the prompt is empty"),
         (["chat", "--file", "/"], "/ is a directory"),
         (["chat", "--session", ""], "a session needs a name"),
+        (["generate", "x", "--index", "grph"], "got 'grph'; did you mean graph?"),
+        (["generate", "x", "--top-k", "many"], "top_k must be a whole number such as 100, got 'many'"),
+        (["generate", "x", "--set", "topk=5"], "--set: unknown option 'topk'; did you mean top_k"),
+        (["generate", "x", "--set", "top_k=5", "--top-k", "6"], "contradict each other (6 and 5); give one"),
+        (["generate", "x", "--sample-top-k", "-1"], "sample_top_k must be 0 (off) or positive, got -1"),
+        (["estimate", "--max-host-bytes", "12q"], "max_host_bytes must be bytes such as 24g, 1.5g or 800m, got '12q'"),
+        (["estimate", "--device-memory", "-1g"], "--device-memory must be bytes such as 24g"),
+        (["estimate", "-c", "8x"], "--context must be tokens such as 8k, 1m or 5000, got '8x'"),
+        (["demo", "--tokens", "few"], "--tokens must be tokens such as 8k"),
+        (["search-patterns", "--text", "x", "-o", "x.json", "--tokens", "2047"], "--tokens must be at least 2048"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(capsys, arguments, reason):
@@ -134,6 +145,37 @@ def test_an_interrupt_is_one_line_and_status_130(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "load_model", interrupt)
     assert call_main(capsys, "generate", "x") == (130, "interrupted\n")
+
+
+# Options
+
+
+@pytest.mark.parametrize("command", [["chat"], ["generate"], ["estimate"]])
+def test_every_field_of_the_config_is_an_option(command):
+    text = call(*command, "--help").output
+    for field in fields(cli.RetrievalConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+def test_options_reach_the_model_and_the_answer(model):
+    said = ("-n", "1k", "--set", "max_new_tokens=1024,n_local=64", "--max-tokens", "24", "--sample-top-k", "1")
+    done = json.loads(call("generate", "hello", "--model", model, *said, "--temperature", "9", "--json").stdout)
+    assert done["stats"]["stop_reason"] == "context"
+    # Drawn from the likeliest token alone, it is the likeliest.
+    greedy = json.loads(call("generate", "hello", "--model", model, "--max-tokens", "24", "--json").stdout)
+    assert done["token_ids"] == greedy["token_ids"]
+
+
+@pytest.mark.parametrize("name", ["needle", "latency", "kernels", "recall", "memory", "compare"])
+def test_the_help_of_a_benchmark_is_quick_and_speaks_of_the_fields(name):
+    code = (
+        "import sys\nfrom retrieval_attn.cli import main\n"
+        f"try:\n    main(['bench', '{name}', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'transformers', 'numba') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "This many CPU threads work." in " ".join(done.stdout.replace("│", " ").split())
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 # generate

@@ -115,17 +115,22 @@ def option_of(word: Word, default: Any, panel: str) -> inspect.Parameter:
     shown = typer.Option(
         *names,
         help=help_of(word),
-        metavar=None if is_switch else _metavar(word),
+        metavar=None if is_switch else metavar_of(word),
         rich_help_panel=panel,
         show_default=word.unset if default is None else True,
     )
-    written = default if is_switch or default is None else f"{default:g}" if word.kind == "float" else str(default)
-    return _parameter(word.name, Annotated[bool if is_switch else str | None, shown], written)
+    kind = bool if is_switch else str | None
+    return _parameter(word.name, Annotated[kind, shown], default if is_switch else as_written(default))
 
 
 def flag_of(name: str) -> str:
     """How a word is written on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def as_written(value: Any) -> str | None:
+    """A value as a person writes it; None for None."""
+    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def help_of(word: Word) -> str:
@@ -135,7 +140,8 @@ def help_of(word: Word) -> str:
     return f"{word.sentence.removesuffix('.')}: {', '.join(word.allowed[:-1])} or {word.allowed[-1]}."
 
 
-def _metavar(word: Word) -> str:
+def metavar_of(word: Word) -> str:
+    """What stands for a value in a help text."""
     return {"kv_dir": "<folder>"}.get(word.name, "<name>" if word.kind == "str" else f"<{word.kind}>")
 
 

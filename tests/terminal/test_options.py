@@ -155,7 +155,7 @@ def test_the_help_of_an_option_is_the_first_sentence_and_the_default():
             default = word.unset or (f"{word.default:g}" if word.kind == "float" else word.default)
             expected = f"{help_of(word)} Default: {'--share-group' if word.kind == 'bool' else default}."
             assert expected in text, expected
-    assert "This seed makes index builds repeatable. This seed makes draws repeatable. Default: 0." in text
+    assert "and what a benchmark draws. This seed makes draws repeatable. Default: 0." in text
     assert help_of(words_of(RetrievalConfig)["kv_dtype"]).endswith("in half the memory: auto or int8.")
 
 
