@@ -6,7 +6,6 @@ header says so.
 
 import hashlib
 import json
-import os
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from retrieval_attn.arrays import Array
+from retrieval_attn.atomic_file import replacing
 from retrieval_attn.index.keys import DTYPES, Keys, as_layout, fingerprint
 from retrieval_attn.index.lift import Lift
 
@@ -56,13 +56,8 @@ def write(
     text = json.dumps(header, sort_keys=True)
     # One entry: several would be written in random order, and equal indexes should give equal files.
     metadata = {FORMAT: f"{VERSION} {_digest(text.encode())} {text}"}
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as part:
+        save_file(tensors, part, metadata)
 
 
 def read(path: str | PathLike[str], keys: Any = None) -> Saved:

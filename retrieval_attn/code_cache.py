@@ -27,6 +27,8 @@ from numba.core import serialize
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 
+from retrieval_attn.atomic_file import write_whole
+
 log = logging.getLogger("retrieval_attn")
 
 # What is compiled lies in these rooms, and constants that it takes from elsewhere do too.
@@ -170,7 +172,7 @@ class CodeCache(NullCache):  # type: ignore[misc]
             return
         code = serialize.dumps(data._reduce())
         try:
-            _write(self._file(where, sig, data.codegen), _hash(code).encode() + b"\n" + code)
+            write_whole(self._file(where, sig, data.codegen), _hash(code).encode() + b"\n" + code)
         except OSError as error:
             _warn_once(f"compiled code cannot be kept: {error}")
 
@@ -184,15 +186,3 @@ class CodeCache(NullCache):  # type: ignore[misc]
 @functools.cache
 def _source_of(filename: str) -> str:
     return _hash(Path(filename).read_bytes())
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else writes it."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        try:
-            temporary.write(content)
-            temporary.close()
-            os.replace(temporary.name, file)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise

@@ -12,12 +12,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # The rooms of the package, lowest first. A file of a room may import its own room and those before it.
-ROOMS = ["arrays", "code_cache", "compiled", "threads", "config", "index", "kernels", "kv", "far", "attention", "hf"]
+ROOMS = [
+    "atomic_file",
+    "arrays",
+    "code_cache",
+    "compiled",
+    "threads",
+    "config",
+    "index",
+    "kernels",
+    "kv",
+    "far",
+    "attention",
+    "hf",
+]
 ROOMS += ["plan", "generate", "batch", "saving", "session", "llm", "search_patterns", "terminal", "embedded"]
 ROOMS += ["bench", "cli"]
 
 # What the two leaves share with the runtime.
-GROUND = {"arrays", "compiled", "threads.pool"}
+GROUND = {"arrays", "atomic_file", "compiled", "threads.pool"}
 
 # The rooms of the benchmarks, lowest first.
 BENCH_ROOMS = ["shared", "vectors", "methods", "quality", "demo", "latency", "recall", "kernels", "memory", "long"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from retrieval_attn.atomic_file import write_whole
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.named import Method
 from retrieval_attn.bench.methods.talk import Answer, Read, Talk
@@ -201,16 +202,6 @@ def _costs(said: Answer, talk: Talk, peak: PeakMemory) -> Row:
     }
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Put a file in its place in one step: whoever looks finds the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
 class Kept:
     """Rows on disk while a run goes on, so that neither Ctrl-C nor a crash costs what was done.
 
@@ -265,7 +256,7 @@ class Kept:
     def _begin(self) -> None:
         """Write what is kept so far to a new file, and put that in the place of the old one: never is there none."""
         lines = [{"settings": self._settings}, *self.rows]
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
         self._begun = True
 
     def close(self) -> None:

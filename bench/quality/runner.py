@@ -29,12 +29,12 @@ class Output:
 
         render: as `quality_format.render`, which is for answers, and taken by default.
         """
+        from retrieval_attn.atomic_file import write_whole
         from retrieval_attn.bench.quality import format as quality_format
-        from retrieval_attn.bench.quality.run import write_whole
 
         render = render or quality_format.render
         if self.out is not None:
-            write_whole(self.out, render(report, "json", False))
+            write_whole(self.out, render(report, "json", False), durable=True)
         sys.stdout.write(render(report, self.form, self.scores_only))
         if self.plot_to is not None:
             plot(report, self.plot_to)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retrieval_attn.atomic_file import replacing
 from retrieval_attn.bench.vectors.base import Vectors
 
 FORMAT = "retrieval-attn capture 1"
@@ -90,7 +91,8 @@ class Capture:
         for i, layer in self.layers.items():
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in layer._asdict().items()}
         about = {"format": FORMAT, "first_key": str(self.first_key), "about": json.dumps(self.about)}
-        save_file(tensors, path, about)
+        with replacing(path) as part:
+            save_file(tensors, part, about)
 
 
 def load_capture(path: str | Path) -> Capture:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from retrieval_attn.atomic_file import write_whole
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.kernels.sparse.patterns import DEFAULT_SIZES, check_patterns
 
@@ -59,14 +60,7 @@ def save_patterns(
     none or scores that are not finite, OSError if it cannot be written.
     """
     lines = [_write_layer(*layer) for layer in zip(patterns, scores, strict=True)]
-    # A link stays a link.
-    path = Path(path).expanduser().resolve()
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(Path(path).expanduser(), "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def check_savable(path: str | Path) -> None:

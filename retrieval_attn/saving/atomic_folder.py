@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError
 
+from retrieval_attn.atomic_file import flush
+
 log = logging.getLogger("retrieval_attn")
 
 # Of Linux: paths are relative to the working directory; the two names are exchanged.
@@ -44,7 +46,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], at_least: int = 0) 
         with _temporary(target) as new:
             fill(new)
             for path in (*new.iterdir(), new):
-                _flush(path)
+                flush(path)
             _put_in_place(new, target)
     except (OSError, SafetensorError) as error:
         raise _not_saved(error, target, at_least) from error
@@ -91,7 +93,7 @@ def _put_in_place(new: Path, target: Path) -> None:
         new.rename(target)
     elif not _exchange(new, target):
         _rename_twice(new, target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -115,7 +117,7 @@ def _rename_twice(new: Path, target: Path) -> None:
     try:
         target.rename(old)
         new.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         if not os.path.lexists(target):
             old.rename(target)
@@ -144,11 +146,3 @@ def _not_saved(error: OSError | SafetensorError, target: Path, at_least: int) ->
 
 def _amount(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
