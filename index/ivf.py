@@ -4,6 +4,7 @@ Keys are centred first: that changes no query's ranking, and clusters then follo
 their common mean. Returned scores are recomputed on the stored keys. faiss keeps its own float32 copy of the keys.
 """
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -89,6 +90,24 @@ class Lists(NamedTuple):
         return ids, self.sizes[nearest].sum(axis=1)
 
 
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads in which this process probes lists. In each, faiss starts no threads of its own."""
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    return ThreadPoolExecutor(most, "ivf", lambda: faiss.omp_set_num_threads(1))
+
+
+def probe_heads(lists: tuple[Lists, ...], queries: Array, k: int, nprobe: int) -> list[tuple[Array, Array]]:
+    """What `Lists.probe` gives for each head, on as many threads as numba's loops may use here."""
+
+    def probe(heads: range) -> list[tuple[Array, Array]]:
+        return [lists[head].probe(queries[head], k, nprobe) for head in heads]
+
+    n_heads, n_threads = len(lists), numba.get_num_threads()
+    shares = [range(n_heads * i // n_threads, n_heads * (i + 1) // n_threads) for i in range(n_threads)]
+    return [found for share in _pool().map(probe, shares) for found in share]
+
+
 class State(NamedTuple):
     """Replaced as a whole, never changed: a search that holds an old one stays valid.
 
@@ -106,12 +125,10 @@ class IVFIndex:
 
     kind = "ivf"
 
-    def __init__(self, state: State, clustering: Clustering, pool: ThreadPoolExecutor | None = None) -> None:
-        """pool: threads of another index to use; None: of its own."""
+    def __init__(self, state: State, clustering: Clustering) -> None:
         self._state = state
         self._clustering = clustering
         self._lock = threading.Lock()
-        self._pool = pool or ThreadPoolExecutor(numba.get_num_threads(), "ivf", lambda: faiss.omp_set_num_threads(1))
 
     @classmethod
     def build(
@@ -163,7 +180,7 @@ class IVFIndex:
         """See `Index.search`; effort: lists probed per head, by default one in four; `seeds` change nothing."""
         keys, lists, *_ = self._state
         batch = check_search(q, k, keys)
-        n_heads, n_keys, _ = keys.shape
+        n_keys = keys.shape[1]
         n_listed, nlist = lists[0].index.ntotal, len(lists[0].sizes)
         nprobe = min(check_effort(effort, max(1, nlist // 4)), nlist)
         if k >= n_keys:
@@ -171,7 +188,7 @@ class IVFIndex:
             return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
         n_found = min(k, n_listed)
         asked = lifted_queries(batch.queries, keys)
-        found = list(self._pool.map(Lists.probe, lists, asked, [n_found] * n_heads, [nprobe] * n_heads))
+        found = probe_heads(lists, asked, n_found, nprobe)
         tail_ids, _ = scan(keys, batch.queries, k, n_listed, n_keys)
         candidates = np.concatenate([np.stack([ids for ids, _ in found]).astype(np.int32), tail_ids], axis=2)
         ids, scores = rescore(keys, batch.queries, candidates, k)
@@ -203,7 +220,7 @@ class IVFIndex:
     def fork(self, keys: Any = None) -> "IVFIndex":
         """See `Index.fork`."""
         state = self._state
-        return IVFIndex(state._replace(keys=state.keys.moved(keys)), self._clustering, self._pool)
+        return IVFIndex(state._replace(keys=state.keys.moved(keys)), self._clustering)
 
     def snapshot(self) -> "IVFIndex":
         """See `Index.snapshot`."""

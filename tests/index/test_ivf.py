@@ -1,5 +1,10 @@
 """The faiss baseline."""
 
+import subprocess
+import sys
+import threading
+
+import numba
 import numpy as np
 import pytest
 from index_vectors import as_bfloat16, attention_like, recall
@@ -69,3 +74,64 @@ def test_nlist_is_followed(scene):
     index = build_index("ivf", scene.keys, nlist=7)
     assert (index.search(scene.later, k=5, effort=7).visited == 6000).all()
     assert index.nbytes >= scene.keys.nbytes
+
+
+# Several indexes, as a model has one for each layer, built and searched in this thread and in others.
+LAYERS = """
+import threading, time
+import psutil
+import numpy as np
+from retrieval_attn.index import build_index
+rng = np.random.default_rng(0)
+keys = rng.standard_normal((4, 3000, 16), dtype=np.float32)
+queries = rng.standard_normal((4, 16), dtype=np.float32)
+
+def use_one():
+    index = build_index("ivf", keys)
+    index.search(queries, 5)
+    return index
+
+def in_a_thread():
+    thread = threading.Thread(target=use_one)
+    thread.start()
+    thread.join()
+
+def n_threads(most):
+    # Those of OpenMP end a little later than the thread that they worked for.
+    until = time.monotonic() + 20
+    while psutil.Process().num_threads() > most and time.monotonic() < until:
+        time.sleep(0.05)
+    return psutil.Process().num_threads()
+
+indexes = [use_one()]
+first = psutil.Process().num_threads()
+for _ in range(4):
+    indexes.append(use_one())
+    in_a_thread()
+print(n_threads(first) - first)
+"""
+
+
+def test_all_layers_share_their_threads():
+    """Each index had as many threads as there are cores: 8 layers on 2 cores had 12 more than were at work."""
+    done = subprocess.run([sys.executable, "-c", LAYERS], stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) == 0
+
+
+def test_no_more_threads_search_than_numba_may_use(index, scene, monkeypatch):
+    names = set()
+    probe = ivf.Lists.probe
+
+    def noted(*arguments):
+        names.add(threading.current_thread().name)
+        return probe(*arguments)
+
+    monkeypatch.setattr(ivf.Lists, "probe", noted)
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        alone = index.search(scene.later, k=20)
+    finally:
+        numba.set_num_threads(before)
+    assert len(names) == 1
+    assert np.array_equal(alone.ids, index.search(scene.later, k=20).ids)
