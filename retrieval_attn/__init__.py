@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.threads.waiting import let_threads_sleep
 
 if TYPE_CHECKING:
     from retrieval_attn.generate import Completion
@@ -40,4 +41,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "load":
+        # Before torch is imported, if it is not yet.
+        let_threads_sleep()
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -25,6 +25,7 @@ from retrieval_attn.terminal.opening import (
 from retrieval_attn.terminal.options import MODEL, Fields, ModelOptions, option, with_options
 from retrieval_attn.terminal.shown import REPORTED, one_line
 from retrieval_attn.terminal.units import parse_bytes, parse_length, parse_lengths
+from retrieval_attn.threads.waiting import let_threads_sleep
 
 _BENCHMARKS = "compare fidelity harness kernels latency long memory needle ppl recall report ruler scbench suite"
 
@@ -239,6 +240,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # Bytes and characters that a terminal's encoding lacks must not end a chat.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    let_threads_sleep()
     try:
         app(args=arguments)
     except SystemExit as leaving:

@@ -97,7 +97,7 @@ class RetrievalConfig:
     max_host_bytes: the keys and values of one cache take at most this many bytes on the host. None: no limit.
     seed: this seed makes index builds repeatable, and what a benchmark draws.
     threads: this many CPU threads work. While an index is built beside a request, this package's loops on either side
-        get half of them; PyTorch's own threads stay as many. None: all cores.
+        get half of them; PyTorch's own threads stay as many. Between loops threads sleep (see `load`). None: all cores.
 
     Raises ValueError naming the field, the rule and the value; unknown names are errors (TypeError).
     """

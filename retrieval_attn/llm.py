@@ -20,6 +20,7 @@ from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.plan.plan import MemoryPlan, plan_memory
 from retrieval_attn.saving.session_files import restore_session
 from retrieval_attn.session import Session
+from retrieval_attn.threads.waiting import let_threads_sleep
 
 Prompt = str | Tensor | Sequence[int] | Sequence[dict[str, str]]
 
@@ -187,12 +188,15 @@ def load(
     model: None for the small model that ships with the package; else a local folder or a hub id.
     device: "auto" takes CUDA if there is one, else the CPU. dtype: "auto" is the checkpoint's own; or "float32",
     "bfloat16", "float16". weights: "auto" as stored, "bf16", or "int8" / "int4" through bitsandbytes if installed.
-    `config.threads` also sets PyTorch's thread count, which belongs to the process.
+    `config.threads` also sets PyTorch's thread count, which belongs to the process. Unless OMP_WAIT_POLICY,
+    GOMP_SPINCOUNT or KMP_BLOCKTIME is set, OMP_WAIT_POLICY becomes PASSIVE in this process: threads sleep between
+    loops. PyTorch's own do only if torch is imported later than `retrieval_attn.load`; else a warning says so.
 
     Raises FileNotFoundError for a missing path, ValueError for a model that is not a causal LM or whose attention
     cannot be served (named), or for a file of prefill patterns that is not for it, ImportError with the install command
     for a missing extra. Model code from a hub is never executed.
     """
+    let_threads_sleep()
     config = config or RetrievalConfig()
     source = str(EMBEDDED if model is None else model)
     if Path(source).expanduser().is_dir():

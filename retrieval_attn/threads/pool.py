@@ -1,5 +1,7 @@
 """The pool of threads that numba's parallel loops run on."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numba
 
 from retrieval_attn.compiled import jit
@@ -21,11 +23,15 @@ def require_safe_threads() -> None:
 
     The builder and the decoder enter parallel loops from two threads at once; numba's `workqueue` layer aborts the
     whole process then. Raises RuntimeError with the way out. Cheap after the first call.
+
+    The pool starts in a thread of its own: with the number of numba's threads it sets that of OpenMP in the thread that
+    starts it, and PyTorch would then use as many, whatever its user had set.
     """
     global _pool_checked
     if _pool_checked:
         return
-    _touch_pool(numba.get_num_threads())
+    with ThreadPoolExecutor(1) as starter:
+        starter.submit(lambda: _touch_pool(numba.get_num_threads())).result()
     layer = numba.threading_layer()  # type: ignore[attr-defined]
     if layer == "workqueue":
         raise RuntimeError(
