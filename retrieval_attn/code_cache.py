@@ -32,7 +32,7 @@ from retrieval_attn.atomic_file import write_whole
 log = logging.getLogger("retrieval_attn")
 
 # What is compiled lies in these rooms, and constants that it takes from elsewhere do too.
-COMPILED = ("index", "kernels", "threads", "arrays", "compiled", "code_cache")
+COMPILED = ("index", "kernels", "threads.pool", "arrays", "compiled", "code_cache")
 
 # So many versions of the sources keep their code, those used last. A process of another compiles anew, no worse.
 VERSIONS_KEPT = 16
@@ -131,7 +131,7 @@ def place() -> Place | None:
     return None
 
 
-class CodeCache(NullCache):  # type: ignore[misc]
+class CodeCache(NullCache):
     """The compiled code of one function, as numba's dispatcher asks for it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -70,7 +70,7 @@ def jit(parallel: bool = False, **options: Any) -> Any:
     return decorate
 
 
-class CompilationNotice(event.Listener):  # type: ignore[misc]
+class CompilationNotice(event.Listener):
     """Says once that kernels are being compiled, when that has taken `patience` seconds in all.
 
     Numba compiles in one thread at a time, and what a function calls within the compilation of the function.
