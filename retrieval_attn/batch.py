@@ -144,10 +144,15 @@ class BatchRequest:
         n_new = len(row.answer)
         own = [layer.memories[i] for layer in self.cache.retrieval_layers]
         stats = replace(
-            self._shared, prompt_tokens=len(row.ids), new_tokens=n_new, stop_reason=row.stop_reason,
-            ttft_s=self._drawn_at[0], e2e_s=self._drawn_at[n_new - 1], itl_s=self._shared.itl_s[: n_new - 1],
+            self._shared,
+            prompt_tokens=len(row.ids),
+            new_tokens=n_new,
+            stop_reason=row.stop_reason,
+            ttft_s=self._drawn_at[0],
+            e2e_s=self._drawn_at[n_new - 1],
+            itl_s=self._shared.itl_s[: n_new - 1],
             build_s=sum(memory.far_index.build_seconds for memory in own),
-        )  # fmt: skip
+        )
         summarise(stats, self.cache, own, self.model.device)
         return stats
 

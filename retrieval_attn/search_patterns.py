@@ -78,7 +78,7 @@ class SearchedPatterns:
         return [[1 - tried.error for tried in layer] or [0.0] * self.n_heads for layer in self.best]
 
     def save(self, path: str | Path) -> None:
-        """Write the patterns for `RetrievalConfig(prefill=path)`; see `patterns.save_patterns`."""
+        """Write the patterns for `RetrievalConfig(prefill=path)`; see `pattern_files.save_patterns`."""
         save_patterns(path, self.patterns, self.scores)
 
 

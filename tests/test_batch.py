@@ -11,7 +11,7 @@ import retrieval_attn as ra
 from retrieval_attn import batch
 from retrieval_attn.batch import is_batch, pad_left, refuse_padding
 from retrieval_attn.far.far_index import n_covered
-from retrieval_attn.hf import cache as hf
+from retrieval_attn.hf import layer as layers
 from retrieval_attn.llm import LLM
 
 EVERYTHING = 1 << 20
@@ -230,7 +230,7 @@ class TestInterruptions:
 
     @pytest.mark.parametrize(
         ("module", "name", "call"),
-        [(hf, "prefill", 20), (batch, "follow_builds", 1), (hf, "decode", 8), (batch, "stop_reason", 7)],
+        [(layers, "prefill", 20), (batch, "follow_builds", 1), (layers, "decode", 8), (batch, "stop_reason", 7)],
         ids=["prefill", "build", "step", "draw"],
     )
     def test_the_next_batch_is_right(self, llm, caches, monkeypatch, module, name, call):

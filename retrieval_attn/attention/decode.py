@@ -19,6 +19,16 @@ LEAST_NORM = 1e-30
 Pair = tuple[AttentionState, AttentionState]
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What one step has searched: the index, all far keys, what was found, and what it attends to without a search."""
+
+    index: Index
+    far: Far
+    hits: SearchResult
+    anyway: Pair
+
+
 @dataclass
 class StepClock:
     """What decode steps cost and found; adds up until it is reset.
@@ -123,7 +133,7 @@ def _with_far(
     every = memory.config.verify_every
     # Of this sequence, whose memory it is: the clock counts the steps of all rows of a batch.
     if every and hits is not None and index is not None and memory.steps % every == 0:
-        _verify(on_host, memory, index, far, hits, (near, read), out, scale, clock)
+        _verify(on_host, memory, Searched(index, far, hits, (near, read)), out, scale, clock)
     return out
 
 
@@ -168,11 +178,18 @@ def _lse_of(states: Pair) -> Tensor:
 def attend_found(
     query: Tensor, memory: LayerMemory, index: Index, covered: Far, hits: SearchResult, scale: float
 ) -> FarState:
+    """Attention over the far keys that an index covers, from what it found, as the config's estimator has it."""
     config = memory.config
     return estimate_attention(
-        query, *covered, hits, scale, estimator=config.estimator,
-        tail=memory.tail() if config.estimator == "tail" else None, lift=index.lift, share_group=config.share_group,
-    )  # fmt: skip
+        query,
+        *covered,
+        hits,
+        scale,
+        estimator=config.estimator,
+        tail=memory.tail() if config.estimator == "tail" else None,
+        lift=index.lift,
+        share_group=config.share_group,
+    )
 
 
 def _note(clock: StepClock, memory: LayerMemory, found: FarState | None, n_newest: int, out: AttentionState) -> None:
@@ -190,10 +207,10 @@ def _note(clock: StepClock, memory: LayerMemory, found: FarState | None, n_newes
 
 
 def _verify(
-    query: Tensor, memory: LayerMemory, index: Index, far: Far, hits: SearchResult, anyway: Pair, out: AttentionState,
-    scale: float, clock: StepClock,
-) -> None:  # fmt: skip
+    query: Tensor, memory: LayerMemory, searched: Searched, out: AttentionState, scale: float, clock: StepClock
+) -> None:
     """Compute the step exactly, and add to the clock how far from it the output is; the output stays as it is."""
+    index, far, hits, anyway = searched.index, searched.far, searched.hits, searched.anyway
     near, (keys, values) = anyway[0], far.before(index.n_keys)
     whole = attend_near(query, far.keys[None], far.values[None], scale)
     whole = AttentionState(memory.store.unfolded(whole.out), whole.lse)

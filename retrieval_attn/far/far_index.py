@@ -129,9 +129,14 @@ class FarIndex:
         self.build_fraction, self._scale = 0.0, recipe.scale
         covered = far.before(n_covered(far.length))
         self._building = submit(
-            build_far_index, self.config, recipe.choice, *covered, recipe.queries, recipe.scale,
+            build_far_index,
+            self.config,
+            recipe.choice,
+            *covered,
+            recipe.queries,
+            recipe.scale,
             progress=self._note_progress,
-        )  # fmt: skip
+        )
 
     def forget_build(self) -> None:
         """Give up a build that has not finished; the next search starts anew."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,7 +12,8 @@ from retrieval_attn.index import Index, build_index
 from retrieval_attn.kernels import TailSummary
 
 
-class BuiltIndex(NamedTuple):
+@dataclass(frozen=True)
+class BuiltIndex:
     """An index and why it is of its kind, the summary of what it may not find if the estimator wants one, and the
     seconds that both took."""
 
@@ -38,9 +39,14 @@ def build_far_index(
     """
     started = time.perf_counter()
     index = build_index(
-        choice.kind, keys, queries, seed=config.seed,
-        lift=scale if config.estimator == "lift" else None, cancel=cancelled, progress=progress,
-    )  # fmt: skip
+        choice.kind,
+        keys,
+        queries,
+        seed=config.seed,
+        lift=scale if config.estimator == "lift" else None,
+        cancel=cancelled,
+        progress=progress,
+    )
     tail = TailSummary(keys, values) if needs_tail(config) else None
     return BuiltIndex(index, choice.reason, tail, time.perf_counter() - started)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from retrieval_attn.hf.layer import layer_of
 from retrieval_attn.hf.versions import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE_ARGUMENT,
@@ -50,7 +51,7 @@ def attend(
     Sliding-window layers go to stock sdpa. Raises ValueError where silence would be wrong output: a full-attention
     layer whose cache is not a `RetrievalCache`, keys shared between layers, softcapped logits, learned sinks, masks.
     """
-    layer = getattr(key, "_ra_layer", None)
+    layer = layer_of(key)
     if kwargs.get("s_aux") is not None:
         raise ValueError(
             "learned attention sinks (gpt-oss) take a share that no key stands for; they are not supported"

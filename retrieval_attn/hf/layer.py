@@ -199,3 +199,8 @@ class RetrievalLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         """Nothing to do: only what is retrieved goes to the device."""
+
+
+def layer_of(keys: Tensor) -> RetrievalLayer | None:
+    """The layer whose `update` returned these keys; None for keys that came from elsewhere."""
+    return getattr(keys, "_ra_layer", None)

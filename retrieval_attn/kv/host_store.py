@@ -73,9 +73,15 @@ class HostStore:
     """
 
     def __init__(
-        self, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, capacity: int, int8: bool = False,
+        self,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        capacity: int,
+        int8: bool = False,
         folder: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """folder: where the rows lie on disk; None: in memory. Raises MemoryError or OSError if neither can be had."""
         self.length = 0
         self.capacity = capacity

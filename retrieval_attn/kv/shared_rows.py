@@ -19,9 +19,15 @@ class SharedRows:
     """
 
     def __init__(
-        self, heads: int, capacity: int, dim: int, dtype: torch.dtype, folder: Path | None = None, like: int = 0,
+        self,
+        heads: int,
+        capacity: int,
+        dim: int,
+        dtype: torch.dtype,
+        folder: Path | None = None,
+        like: int = 0,
         skew: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """folder: where they lie on disk, or None. like, skew: for rows that a file is to cover, the bytes of one head
         in the file, and where in it the first head begins: pages of file and memory must begin alike."""
         self.folder = folder

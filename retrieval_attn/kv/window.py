@@ -85,8 +85,8 @@ class Window:
     def refill(self, length: int, device: torch.device, read: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
         """Become, empty so far, the window over `length` tokens; `read` as in `crop`."""
         local = max(min(self._n_sink, length), length - self._n_local)
-        keys, values = (torch.cat(pair, dim=1)[None].to(device) for pair in zip(
-            read(0, min(self._n_sink, length)), read(local, length), strict=True))  # fmt: skip
+        parts = zip(read(0, min(self._n_sink, length)), read(local, length), strict=True)
+        keys, values = (torch.cat(pair, dim=1)[None].to(device) for pair in parts)
         self._keys, self._values = self._allocate(keys), self._allocate(values)
         self.length = length
         tokens = [*range(min(self._n_sink, length)), *range(local, length)]

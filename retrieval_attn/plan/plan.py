@@ -24,7 +24,7 @@ OF_A_PROMPT = ("prefill", "build", "decode")
 class Base:
     """What a process holds before any text comes, in bytes; nothing, where only the growth is asked for.
 
-    libraries: of the process with compiled kernels (see `plan_report.measure_libraries`). weights: as they are held.
+    libraries: of the process with compiled kernels (see `terminal/plan_report.py`). weights: as they are held.
     checkpoint: as the files hold them.
     """
 
@@ -211,7 +211,7 @@ def _on_device(
     if name == "restore":
         return near
     # It stays for later turns.
-    near["resident prefix"] = _resident(shape, held, config, sum(near.values()), target)
+    near["resident prefix"] = _device_prefix(shape, held, config, sum(near.values()), target)
     if name != "prefill":
         return {**near, "logits": terms.logits(shape)} if name == "decode" else near
     return {
@@ -222,7 +222,7 @@ def _on_device(
     }
 
 
-def _resident(shape: ModelShape, held: _Held, config: RetrievalConfig, near: int, target: Target) -> int:
+def _device_prefix(shape: ModelShape, held: _Held, config: RetrievalConfig, near: int, target: Target) -> int:
     """Keys and values of the prefix that prefill keeps on the device, as many as the budget allows.
 
     Without a budget it is what is free less two tiles and a reserve for activations; none if that is not known.

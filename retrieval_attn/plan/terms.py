@@ -33,7 +33,7 @@ TOKENIZING = 725
 # What CUDA itself takes on a device before the first tensor: an assumption, 0.3 to 0.6 GiB by driver and card.
 CUDA_CONTEXT = 2**29
 
-# Leaves whose means `index.graph_links` takes at once.
+# Leaves whose means `index/graph/links.py` takes at once.
 LEAVES_AT_ONCE = 1 << 15
 
 # Freed memory that glibc keeps: in the heap of the main thread up to its trim threshold (at most twice the largest

@@ -13,6 +13,8 @@ from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.saving.checksums import MANIFEST
 from retrieval_attn.saving.session_state import SessionState
 
+_STATE = [field.name for field in fields(SessionState)]
+
 # Options that decide what is stored.
 _STORED = ("index", "n_sink", "n_local", "exact_below", "kv_dtype")
 
@@ -26,14 +28,20 @@ def describe(state: SessionState, config: RetrievalConfig, model: Any) -> dict[s
         "versions": {name: version(name) for name in ("retrieval-attn", "transformers", "torch")},
         "model": fingerprint(model),
         "config": asdict(config),
-        **asdict(state),
+        **{name: getattr(state, name) for name in _STATE},
     }
 
 
 def state_of(said: dict[str, Any]) -> SessionState:
     """The state that a manifest tells, once it has passed `check_description`."""
-    told = {field.name: said[field.name] for field in fields(SessionState)}
-    return SessionState(**{name: tuple(x) if isinstance(x, list) else x for name, x in told.items()})
+    return SessionState(
+        system=said["system"],
+        messages=tuple(said["messages"]),
+        token_ids=tuple(said["token_ids"]),
+        cached_ids=tuple(said["cached_ids"]),
+        answer_start=said["answer_start"],
+        turn_open=said["turn_open"],
+    )
 
 
 def check_description(said: dict[str, Any], directory: Path, config: RetrievalConfig, model: Any) -> None:
