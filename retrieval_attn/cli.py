@@ -27,7 +27,9 @@ from retrieval_attn.terminal.shown import REPORTED, one_line
 from retrieval_attn.terminal.units import parse_bytes, parse_length, parse_lengths
 from retrieval_attn.threads.waiting import let_threads_sleep
 
-_BENCHMARKS = "compare fidelity harness kernels latency long memory needle ppl recall report ruler scbench suite"
+_BENCHMARKS = (
+    "compare fidelity gpu-check harness kernels latency long memory needle ppl recall report ruler scbench suite"
+)
 
 
 class _Benchmarks(TyperGroup):
@@ -39,7 +41,7 @@ class _Benchmarks(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"retrieval_attn.bench.{cmd_name}.command")
+        module = importlib.import_module(f"retrieval_attn.bench.{cmd_name.replace('-', '_')}.command")
         holder = typer.Typer(add_completion=False)
         holder.command(cmd_name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(module.command)
         return typer.main.get_command(holder)

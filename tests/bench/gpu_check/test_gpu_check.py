@@ -1,9 +1,8 @@
 """The GPU check, rehearsed on a CPU: it goes all the way, finds what is wrong, and ends in time."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +13,17 @@ from retrieval_attn.attention import to_device as stream
 from retrieval_attn.attention.to_device import reserve
 from retrieval_attn.bench.gpu_check import capped as gpu_capped
 from retrieval_attn.bench.gpu_check import cases as gpu_cases
-from retrieval_attn.bench.gpu_check import command as gpu_check
 from retrieval_attn.bench.gpu_check import correct as gpu_correct
 from retrieval_attn.bench.gpu_check import end_to_end as gpu_end_to_end
+from retrieval_attn.bench.gpu_check import measure as gpu_measure
 from retrieval_attn.bench.gpu_check import planned as gpu_planned
-from retrieval_attn.bench.gpu_check import run as gpu_run
 from retrieval_attn.bench.gpu_check import streamed as gpu_streamed
 from retrieval_attn.bench.gpu_check.cases import GIB, Case, Rates
+from retrieval_attn.bench.gpu_check.command import default_out
 from retrieval_attn.bench.gpu_check.correct import cases, check_all
-from retrieval_attn.bench.gpu_check.run import SHARES, TINY, Budget
+from retrieval_attn.bench.gpu_check.measure import SHARES, TINY, Budget
 from retrieval_attn.bench.kernels.rows import Limits
+from retrieval_attn.cli import main
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.generate import follow_builds
 from retrieval_attn.hf.versions import cache_argument
@@ -40,11 +40,18 @@ SMALL = TINY._replace(lengths=(520,), prompts=(900,), chunk=256, capped=CASES)
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(gpu_run.machine, "copy_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(gpu_run, "peak_flops", lambda device, dtype: 1e11)
+    monkeypatch.setattr(gpu_measure.machine, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(gpu_measure, "peak_flops", lambda device, dtype: 1e11)
     monkeypatch.setattr("retrieval_attn.bench.kernels.steps.CALLS", 2)
     monkeypatch.setattr(gpu_capped, "STEPS", 3)
     monkeypatch.setattr(gpu_capped, "WARM_STEPS", 1)
+
+
+def call(words):
+    """The exit status of the command, as a user meets it."""
+    with pytest.raises(SystemExit) as leaving:
+        main(["bench", "gpu-check", *words])
+    return leaving.value.code or 0
 
 
 def rows_of(names, **wrong):
@@ -57,9 +64,9 @@ def rows_of(names, **wrong):
 
 
 def test_a_rehearsal_goes_all_the_way(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_run, "TINY", SMALL)
+    monkeypatch.setattr(gpu_measure, "TINY", SMALL)
     out = tmp_path / "rows.json"
-    assert gpu_check.main(["--dry-run", "-o", str(out)]) == 0
+    assert call(["--dry-run", "-o", str(out)]) == 0
     report = json.loads(out.read_text())
     printed = capsys.readouterr().out.strip().split("\n")
     assert json.loads(printed[-1]) == report["results"]
@@ -119,10 +126,10 @@ def test_a_kernel_that_raises_is_a_row_and_the_others_go_on():
 def test_a_failure_is_the_exit_status(monkeypatch, capsys):
     tiny = SMALL._replace(lengths=(), prompts=(), capped=())
     monkeypatch.setattr(gpu_streamed, "WAYS", {})
-    monkeypatch.setattr(gpu_run, "TINY", tiny)
+    monkeypatch.setattr(gpu_measure, "TINY", tiny)
     monkeypatch.setattr(gpu_end_to_end, "measure_model", lambda *args: [])
     monkeypatch.setattr(gpu_correct, "merge", lambda *states: off(merge(*states)))
-    assert gpu_check.main(["--dry-run"]) == 1
+    assert call(["--dry-run"]) == 1
     assert capsys.readouterr().out.count("FAILED  merge") == 3
 
 
@@ -139,7 +146,7 @@ def test_time_is_shared_and_what_is_left_goes_on():
 
 
 def test_without_time_everything_is_skipped_by_name():
-    report = gpu_run.run(SMALL._replace(lengths=(520, 600)), "cpu", minutes=1e-9, seed=0)
+    report = gpu_measure.run(SMALL._replace(lengths=(520, 600)), "cpu", minutes=1e-9, seed=0)
     rows = report["results"]
     assert {row["status"] for row in rows} == {"skipped"}
     assert all(row["reason"] for row in rows)
@@ -153,13 +160,13 @@ def test_longer_prompts_are_skipped_when_time_runs_out(monkeypatch):
     budget = Budget(10)
     monkeypatch.setattr(budget, "left", lambda part: 1e-3)
     limits = Limits(1e11, 1e10)
-    rows = list(gpu_run._prefill(SMALL._replace(lengths=(520, 600)), "cpu", limits, 0, budget))
+    rows = list(gpu_measure._prefill(SMALL._replace(lengths=(520, 600)), "cpu", limits, 0, budget))
     assert (rows[0]["method"], rows[0]["status"]) == ("sdpa", "ok")
     assert (rows[-1]["context"], rows[-1]["status"]) == (600, "skipped")
 
 
 def test_heads_that_are_made_are_repeated():
-    prompt = gpu_run._repeated(SMALL, 100, seed=0)
+    prompt = gpu_measure._repeated(SMALL, 100, seed=0)
     assert [x.shape[1] for x in prompt] == [4, 2, 2]
     assert torch.equal(prompt.query[:, :2], prompt.query[:, 2:])
 
@@ -401,33 +408,24 @@ def test_a_budget_that_is_not_filled_is_found():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_device_it_says_what_it_would_do(capsys):
-    assert gpu_check.main(["--minutes", "3"]) == 2
+    assert call(["--minutes", "3"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("no CUDA device here: this would check every Triton kernel")
+    assert said.startswith("error: no CUDA device here: this would check every Triton kernel")
     assert "in 3 minutes" in said
     assert said.count("\n") == 1
 
 
-def test_as_a_script_it_does_not_hide_packages():
-    """Its folder, first on the path of a script, has a kernels.py; transformers looks for a package of that name."""
-    folder = str(gpu_check.RESULTS.parent)
-    code = f"import sys; sys.path.insert(0, {folder!r}); import gpu_check; gpu_check._leave_folder()"
-    code += f"; sys.exit({folder!r} in sys.path)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
 def test_files_that_cannot_be_written_are_told_at_once(tmp_path, capsys):
-    assert gpu_check.main(["--dry-run", "-o", str(tmp_path / "no" / "x.json")]) == 2
-    assert capsys.readouterr().err.startswith("error: --output must lie in a folder that exists")
+    assert call(["--dry-run", "-o", str(tmp_path / "no" / "x.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: --out must lie in a folder that exists")
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "x"])
 def test_times_that_are_none(minutes, capsys):
-    with pytest.raises(SystemExit) as left:
-        gpu_check.main(["--minutes", minutes])
-    assert left.value.code == 2
+    assert call(["--minutes", minutes]) == 2
     assert "--minutes" in capsys.readouterr().err
 
 
-def test_names_of_devices_in_names_of_files():
-    assert gpu_check.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
+def test_rows_go_to_a_file_named_after_the_device():
+    found = default_out(Path("results"), "NVIDIA GeForce RTX 4090")
+    assert found == Path("results/gpu-check-nvidia-geforce-rtx-4090.json")
