@@ -1,0 +1,1 @@
+"""Outputs of attention, head by head, beside exact attention."""

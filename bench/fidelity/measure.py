@@ -1,179 +1,110 @@
-"""How near each head's attention comes to exact attention, for queries that taught no index; rows of `bench fidelity`.
+"""Runs of `bench fidelity`: the model, with its own weights or random ones, and what is done at each context."""
 
-Each query goes alone over the context that was read, as in a step of decoding, but with no token added: so every query
-meets the same keys, and exact attention over them is computed once for all methods.
-"""
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
 import torch
-from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from retrieval_attn.arrays import Array
-
-# The very search and estimate of decode steps, with their seeds and budgets: others might be better, or worse.
-from retrieval_attn.attention.decode import LEAST_NORM, StepClock, attend_found, find_far, share_found
-from retrieval_attn.attention.layer_memory import LayerMemory
+from retrieval_attn.bench.fidelity.format import FIELDS, MEASURES
+from retrieval_attn.bench.fidelity.heads import find_planted, hold_out, layers_and_heads, measure_cache
 from retrieval_attn.bench.fidelity.held_out import Held
-from retrieval_attn.bench.fidelity.planted import plant
-from retrieval_attn.bench.methods.named import Method
-from retrieval_attn.bench.methods.ours import build_hnsw
-from retrieval_attn.far.far_index import n_covered
-from retrieval_attn.hf.cache import RetrievalCache
-from retrieval_attn.hf.layer import RetrievalLayer
-from retrieval_attn.hf.versions import cache_argument
-from retrieval_attn.index import Index, SearchResult, build_index
-from retrieval_attn.index.lift import Lift
-from retrieval_attn.kernels import AttentionState, attend_far, attend_near, merge
-from retrieval_attn.llm import LLM
-
-# Two ways of summing an inner product differ by less than this part of the lengths' product.
-ROUNDING = 1e-4
-
-# Of one query head, means over its queries: error, mass, and recall, which is None if there was nothing to search.
-Head = tuple[float, float, float | None]
+from retrieval_attn.bench.methods.bench import Bench
+from retrieval_attn.bench.methods.named import OURS, Method
+from retrieval_attn.bench.methods.talk import Read
+from retrieval_attn.bench.ppl.measure import run
+from retrieval_attn.bench.ppl.reading import require_room, text_ids
+from retrieval_attn.bench.quality.options import Settings
+from retrieval_attn.bench.quality.runner import Output, load_llm, parse_methods, read_haystack
+from retrieval_attn.bench.shared.report import Report, Row
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.hf.attention import NAME, register
+from retrieval_attn.llm import EMBEDDED, LLM, require_causal_lm
 
 
-class Step(NamedTuple):
-    """One query over a memory: the output (H, Dv) float32, the log of the mass of what was read (H,), and what a search
-    found; None without an index."""
-
-    out: Tensor
-    lse: Tensor
-    hits: SearchResult | None
-
-
-def step(query: Tensor, memory: LayerMemory, index: Index | None, window_alone: bool = False) -> Step:
-    """A decode step over the tokens of `memory`, to which nothing is added; query (H, 1, D) in the model's dtype."""
-    config, scale, far = memory.config, memory.scale, memory.far()
-    near = attend_near(query[None].to(memory.window.device), memory.window.keys(), memory.window.values(), scale)
-    if window_alone or far.length == 0:
-        return Step(near.out[0, :, 0].float().cpu(), near.lse[0, :, 0].cpu(), None)
-    on_host = memory.store.folded(query[None].float())
-    newest = far.after(0 if index is None else index.n_keys)
-    state = rest = attend_near(on_host, newest.keys[None], newest.values[None], scale)
-    lse, hits = torch.logaddexp(near.lse.cpu(), rest.lse), None
-    if index is not None:
-        hits, covered = find_far(on_host, memory, index, (near, rest), scale, StepClock()), far.before(index.n_keys)
-        state = merge(attend_found(on_host, memory, index, covered, hits, scale).state, rest)
-        # What a sample's heads found is not shared.
-        share_group = config.share_group and index.lift is None
-        read = attend_far(on_host, *covered, used(hits, index), scale, share_group=share_group)
-        lse = torch.logaddexp(lse, read.lse)
-    far_state = AttentionState(memory.store.unfolded(state.out).to(near.out), state.lse.to(near.lse))
-    return Step(merge(near, far_state).out[0, :, 0].float().cpu(), lse[0, :, 0], hits)
+def measure(settings: Settings, output: Output) -> Report:
+    """The report of one text. Raises ValueError for a method that finds nothing, and for too long a context."""
+    _require_finders(parse_methods(settings))
+    text = read_haystack(settings.text)
+    load = _load_random if settings.options["random"] else load_llm
+    report = run(settings, output, partial(_begin, settings, text), load)
+    report["notes"] += NOTES
+    return report
 
 
-def used(hits: SearchResult, index: Index) -> Array:
-    """The ids (H, 1, k) that attention reads: of a sample, the last key only sets the threshold."""
-    is_threshold = index.lift is not None and hits.ids.shape[-1] < index.n_keys
-    return hits.ids[..., :-1] if is_threshold else hits.ids
+NOTES = [
+    "means over queries; error: relative L2, to exact float32 attention over the same keys; mass: true share of what "
+    "was read; recall: of the best keys that a search could find; planted: found, of keys put there to be the best",
+    "far contexts shorter than exact_below (2048) are scanned exactly, whatever the index",
+]
 
 
-def measure(held: Held, memory: LayerMemory, index: Index | None, window_alone: bool) -> list[Head]:
-    """Every held-out query over a memory of the context, one after the other."""
-    queries = held.queries.split(1, dim=1)
-    steps = [step(query, memory, index, window_alone) for query in queries]
-    outs, lses = (torch.stack([getattr(one, name) for one in steps], dim=1) for name in ("out", "lse"))
-    error = (outs - held.out).norm(dim=-1) / held.out.norm(dim=-1).clamp_min(LEAST_NORM)
-    if not error.isfinite().all():
-        raise ValueError("the output of attention holds NaN or infinity")
-    # Above 1 it is rounding.
-    mass = (lses - held.lse).exp().clamp_max(1)
-    recall: list[Any] = [0.0 if window_alone and memory.split.n_far else None] * len(error)
-    if index is not None:
-        recall = _recall(queries, [one.hits for one in steps if one.hits is not None], memory, index)
-    return list(zip(error.mean(1).tolist(), mass.mean(1).tolist(), recall, strict=True))
+def _require_finders(methods: Sequence[Method]) -> None:
+    for method in methods:
+        if method.name not in (*OURS, "streaming"):
+            raise ValueError(
+                f"method {method.label!r} has nothing to find; bench fidelity takes {', '.join((*OURS, 'streaming'))}"
+            )
+        if not method.shares_prefill:
+            raise ValueError(
+                f"method {method.label!r}: all methods go on from one exact prefill; leave out weights and prefill"
+            )
 
 
-def _recall(queries: Sequence[Tensor], found: Sequence[SearchResult], memory: LayerMemory, index: Index) -> list[float]:
-    """For each head, the share of the best keys that was found; under a mass budget, of as many as were kept."""
-    lift, keys = index.lift, memory.far().before(index.n_keys).keys
-    oracle = build_index("exact", keys, seed=lift.seed if lift else 0, lift=lift.scale if lift else None)
-    shares = []
-    for query, hits in zip(queries, found, strict=True):
-        asked = np.full(hits.ids.shape[:-1], hits.ids.shape[-1])
-        wanted = asked if memory.config.mass is None else np.sum(hits.ids >= 0, axis=-1)
-        best, true = oracle.search(query.float(), hits.ids.shape[-1]), _truthful(query, hits, keys, lift)
-        heads = [slice(h, h + 1) for h in range(len(wanted))]
-        shares.append([share_found(_of(true, h), _of(best, h), wanted[h]) for h in heads])
-    return np.mean(shares, axis=0).tolist()
+def _begin(settings: Settings, text: str | None, bench: Bench, methods: object) -> tuple[list[int], "Fidelity"]:
+    longest, more = max(settings.contexts), settings.options["queries"]
+    ids = text_ids(bench.llm, text, longest + more, settings.seed)
+    require_room(longest, more, len(ids), bench.llm)
+    return ids, Fidelity(bench, ids, more, settings.options["planted"], settings.seed)
 
 
-def _truthful(query: Tensor, hits: SearchResult, keys: Tensor, lift: Lift | None) -> SearchResult:
-    """Without the hits whose score is not their key's: what an index says of itself is not taken for granted."""
-    ids = hits.ids[:, 0].clip(0)
-    group = np.repeat(np.arange(len(keys)), len(ids) // len(keys))[:, None]
-    rows = keys[torch.from_numpy(group), torch.from_numpy(ids)].float()
-    scores = (rows * query.float()).sum(-1).numpy() + (lift.bonuses(keys.shape[1])[group, ids] if lift else 0)
-    allowed = ROUNDING * query.float().norm(dim=-1) * rows.norm(dim=-1)
-    return hits._replace(ids=np.where(np.abs(scores - hits.scores[:, 0]) <= allowed.numpy(), ids, -1)[:, None])
+def _load_random(settings: Settings) -> LLM:
+    """The model of a config.json, its weights drawn from the seed; with its tokenizer, if there is one."""
+
+    logging.set_verbosity_error()
+    source = str(Path(settings.model or EMBEDDED).expanduser())
+    config = require_causal_lm(source)
+    register()
+    torch.manual_seed(settings.seed)
+    given = {} if settings.dtype == "auto" else {"dtype": getattr(torch, settings.dtype)}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, **given).eval().to(settings.device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        tokenizer = None
+    # Where there are no files of one, transformers may make one without any words.
+    if tokenizer is not None and tokenizer("one")["input_ids"] == tokenizer("two")["input_ids"]:
+        tokenizer = None
+    return LLM(model, tokenizer, RetrievalConfig(seed=settings.seed, threads=settings.config.threads))
 
 
-def _of(hits: SearchResult, heads: slice) -> SearchResult:
-    return SearchResult(*(part[heads] for part in hits))
+class Fidelity:
+    """The task of `bench fidelity`, see `ppl.reading.Task`. n_queries: tokens after each context whose queries ask;
+    n_planted: keys planted for each head, 0 for none."""
 
+    def __init__(self, bench: Bench, ids: list[int], n_queries: int, n_planted: int, seed: int) -> None:
+        self._bench, self._ids = bench, ids
+        self._n_queries, self._n_planted, self._seed = n_queries, n_planted, seed
+        self._read: Read | None = None
+        self._held: list[Held] = []
 
-def _hit(held: Held, memory: LayerMemory, index: Index, planted: Array) -> Array:
-    """For each head and query (H, N), whether a search that begins anew finds its planted key."""
-    hit = np.zeros(planted.shape, bool)
-    for t in np.flatnonzero((planted >= 0).any(axis=0)):
-        memory.forget_step()
-        hits = step(held.queries[:, t : t + 1], memory, index).hits
-        assert hits is not None
-        hit[:, t] = (used(hits, index)[:, 0] == planted[:, t, None]).any(axis=1)
-    return hit
+    def begin(self, read: Read) -> None:
+        """Let the model read on, exactly, in a fork; the queries of those tokens taught nothing."""
+        asking = self._ids[len(read.ids) :][: self._n_queries]
+        self._read, self._held = read, hold_out(self._bench.llm.model, read.cache, asking)
 
+    def rows(self, method: Method) -> list[Row]:
+        """A row per layer and head."""
+        assert self._read is not None
+        found = measure_cache(self._read.cache.fork(method.config), method, self._held)
+        planted = find_planted(self._read.cache.fork(method.config), method, self._held, self._n_planted, self._seed)
+        numbers = [dict(zip(MEASURES, (*one, share), strict=True)) for one, share in zip(found, planted, strict=True)]
+        blank = self.blank(len(self._read.ids), method.label)
+        return [{**row, **own, "status": "ok"} for row, own in zip(blank, numbers, strict=True)]
 
-@torch.no_grad()
-def hold_out(model: Any, cache: RetrievalCache, asking: list[int]) -> list[Held]:
-    """Let the model read on after the context, exactly, in a fork; the queries of these tokens taught nothing."""
-    twin = cache.fork()
-    with twin.working(), twin.exact():
-        tokens = torch.tensor([asking], device=model.device)
-        model.base_model(input_ids=tokens, **cache_argument(twin), use_cache=True)
-        queries = [memory.sample.queries()[:, -len(asking) :] for memory in twin.memories]
-        return [Held.of(*pair) for pair in zip(queries, cache.memories, strict=True)]
-
-
-def measure_cache(cache: RetrievalCache, method: Method, held: list[Held]) -> list[Head]:
-    """Every head of every layer, in order. cache: of the context, with the method's options."""
-    with cache.working():
-        each = zip(held, cache.memories, indexes(cache, method), strict=True)
-        return [head for one in each for head in measure(*one, window_alone=method.name == "streaming")]
-
-
-def find_planted(cache: RetrievalCache, method: Method, held: list[Held], most: int, seed: int) -> list[float | None]:
-    """As `measure_cache`: the share of planted keys, `most` per head, that is found; None without any. They are written
-    into `cache`, which is of no use then."""
-    found: list[float | None] = []
-    with cache.working():
-        planted = [plant(one, memory, n_covered(memory.split.n_far), most, seed)
-                   for one, memory in zip(held, cache.memories, strict=True)]  # fmt: skip
-        for one, memory, index, ids in zip(held, cache.memories, indexes(cache, method), planted, strict=True):
-            hit = np.zeros(ids.shape, bool) if index is None else _hit(one, memory, index, ids)
-            found += [float(hit[h, row >= 0].mean()) if (row >= 0).any() else None for h, row in enumerate(ids)]
-    return found
-
-
-def layers_and_heads(llm: LLM) -> list[tuple[int, int]]:
-    """What has a row: the layers that are ours, and their query heads."""
-    layers = [i for i, layer in enumerate(llm.new_cache().layers) if isinstance(layer, RetrievalLayer)]
-    heads = llm.model.config.get_text_config(decoder=True).num_attention_heads
-    return [(layer, head) for layer in layers for head in range(heads)]
-
-
-def indexes(cache: RetrievalCache, method: Method) -> Iterator[Index | None]:
-    """What each memory of the cache is searched by, built as it is asked for; None if there is nothing to search.
-
-    Raises RuntimeError if it cannot be built: the runtime would search exactly then, which is not what was asked for.
-    """
-    if method.name == "hnsw":
-        build_hnsw(cache)
-    for memory in cache.memories:
-        index = None if method.name == "streaming" else memory.index()
-        if index is not None and index.kind == "exact" != memory.choice().kind:
-            raise RuntimeError(memory.far_index.reason)
-        yield index
+    def blank(self, context: int, method: str) -> list[Row]:
+        """A row per layer and head."""
+        row = {**dict.fromkeys(FIELDS), "context": context, "method": method, "status": "failed", "reason": ""}
+        return [{**row, "layer": layer, "head": head} for layer, head in layers_and_heads(self._bench.llm)]

@@ -11,10 +11,10 @@ from retrieval_attn.bench.gpu_check import cases as gpu_cases
 from retrieval_attn.bench.gpu_check import correct as gpu_correct
 from retrieval_attn.bench.gpu_check import end_to_end as gpu_end_to_end
 from retrieval_attn.bench.gpu_check import streamed as gpu_streamed
-from retrieval_attn.bench.kernels.measure import Plan, measure_prompt
+from retrieval_attn.bench.kernels.measure_prompt import Plan, measure_prompt
+from retrieval_attn.bench.kernels.measure_steps import measure_steps
 from retrieval_attn.bench.kernels.options import PATTERNS, STEPS
 from retrieval_attn.bench.kernels.rows import Limits, blank_row, compare
-from retrieval_attn.bench.kernels.steps import measure_steps
 from retrieval_attn.bench.kernels.timing import peak_flops
 from retrieval_attn.bench.shared import machine
 from retrieval_attn.bench.shared.failures import Failing

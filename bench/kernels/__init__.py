@@ -1,0 +1,1 @@
+"""Times of the kernels: prefill, sparse and dense, and those of decode."""

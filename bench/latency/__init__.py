@@ -1,0 +1,1 @@
+"""Time of a decode step, by length of the context."""

@@ -1,0 +1,1 @@
+"""Speed and memory along one long answer."""

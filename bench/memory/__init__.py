@@ -1,0 +1,1 @@
+"""Peaks of every phase beside what was planned."""

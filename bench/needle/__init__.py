@@ -1,0 +1,1 @@
+"""One fact in a long text, by length and depth."""

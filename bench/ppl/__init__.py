@@ -1,0 +1,1 @@
+"""Perplexity of a long text, by method."""

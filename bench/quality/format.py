@@ -1,11 +1,10 @@
 """Reports of the quality benchmarks as Markdown, JSON or CSV: scores first, then what they cost."""
 
-from collections.abc import Callable, Iterable, Sequence
-from statistics import mean, median
+from collections.abc import Sequence
 from typing import Any
 
 from retrieval_attn.bench.quality.rows import ROW_FIELDS, SCORE_FIELDS
-from retrieval_attn.bench.quality.scores import score
+from retrieval_attn.bench.quality.scores import costs, score
 from retrieval_attn.bench.shared.machine import machine_note
 from retrieval_attn.bench.shared.report import Columns, Report, Row, as_csv, as_json, bullets, short, table
 
@@ -104,30 +103,16 @@ def _scores(rows: Sequence[Row], methods: Sequence[str]) -> Row:
 
 
 def cost_lines(rows: Sequence[Row], keys: Sequence[str] = ("method", "context")) -> list[Row]:
-    """A line per method and length (or as `keys` say): medians over answers, the largest peaks."""
-    good, lines = [row for row in rows if row["status"] == "ok"], []
-    for group in _groups(good, keys) if good else ():
-        own = [row for row in good if tuple(row[key] for key in keys) == group]
-        named = dict(zip(keys, group, strict=True))
-        lines.append({"mode": None, "turn": None, **named, "context": short(named["context"]), **_cost_of(own)})
-    return lines
+    """A line per method and length (or as `keys` say), as a table shows it, see `costs`."""
+    return [
+        {"mode": None, "turn": None, **line, "context": short(line["context"]), **_seconds(line)}
+        for line in costs(rows, keys)
+    ]
 
 
-def _cost_of(rows: Sequence[Row]) -> Row:
-    line = {key: _over(median, rows, key) for key in ("ttft_ms", "tpot_ms", "visited_pct", "read_ms", "build_ms")}
-    line |= {key: _over(max, rows, key) for key in
-             ("kv_bytes", "device_kv_bytes", "index_bytes", "rss_bytes", "peak_device_bytes")}  # fmt: skip
-    line["score"] = 100 * mean(row["score"] for row in rows)
-    return {**line, **{f"{name}_s": _seconds(line[f"{name}_ms"]) for name in ("read", "build")}}
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1e3
-
-
-def _over(combine: Callable[[Iterable[float]], float], rows: Sequence[Row], key: str) -> float | None:
-    known = [row[key] for row in rows if row[key] is not None]
-    return combine(known) if known else None
+def _seconds(line: Row) -> Row:
+    of = {name: line[f"{name}_ms"] for name in ("read", "build")}
+    return {f"{name}_s": None if taken is None else taken / 1e3 for name, taken in of.items()}
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:

@@ -1,13 +1,13 @@
 """What the commands of the quality benchmarks have in common: load, run with a bar, keep, report."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from retrieval_attn.bench.quality.options import KeptReport, Settings
+from retrieval_attn.bench.shared.bars import bar, say
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Report, Row
 
 # A report as text: the report, its form, and whether scores are all that is wanted.
@@ -27,7 +27,7 @@ class Output:
     def write(self, report: Report, plot: Callable[[Report, Path], None], render: Render | None = None) -> None:
         """Print the report, write it, draw it. What was kept is let go only then.
 
-        render: as `quality_format.render`, which is for answers, and taken by default.
+        render: as `quality.format.render`, which is for answers, and taken by default.
         """
         from retrieval_attn.atomic_file import write_whole
         from retrieval_attn.bench.quality import format as quality_format
@@ -112,41 +112,6 @@ def read_haystack(path: str | None) -> str | None:
     if not text.split():
         raise ValueError(f"{path} holds no words; --text needs a text to hide things in")
     return text
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr, with the time left; off a terminal a line whenever something else is done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    if not sys.stderr.isatty():
-        said: list[str] = []
-
-        def line(doing: str, share: float) -> None:
-            if said[-1:] != [doing]:
-                said.append(doing)
-                say(f"{share:4.0%} {doing}")
-
-        yield line
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=1.0)
-        yield lambda doing, share: progress.update(task, completed=share, description=doing)
-
-
-def say(line: str) -> None:
-    """A line on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def exit_status(rows: Sequence[Row]) -> int:

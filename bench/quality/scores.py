@@ -1,7 +1,7 @@
 """Answers, counted: mean scores by what was asked and by method, and what the answers cost."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import mean, median
 from typing import Any, NamedTuple
 
@@ -90,21 +90,21 @@ def methods(lines: Iterable[Line]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line.scores))
 
 
-def costs(rows: Iterable[Row]) -> list[Row]:
-    """By context, mode and method: medians of times and shares, largest of bytes; None where nothing was measured."""
-    found = []
+def costs(rows: Iterable[Row], keys: Sequence[str] = ("context", "mode", "method")) -> list[Row]:
+    """By context, mode and method (or as `keys` say): medians of times and shares, largest of bytes, None where nothing
+    was measured; and the mean score in per cent."""
     good = [row for row in rows if row["status"] == "ok"]
-    for (context, mode, method), group in grouped(good, lambda row: tuple(row[x] for x in _COST_OF)).items():
-        line: Row = {"context": context, "mode": mode, "method": method}
-        for key in COST_FIELDS:
-            values = [row[key] for row in group if row[key] is not None]
-            take: Callable[[list[float]], float] = max if key.endswith("bytes") else median
-            line[key] = take(values) if values else None
-        found.append(line)
-    return found
+    groups = grouped(good, lambda row: tuple(row[key] for key in keys))
+    return [{**dict(zip(keys, named, strict=True)), **_cost_of(group)} for named, group in groups.items()]
 
 
-_COST_OF = ("context", "mode", "method")
+def _cost_of(rows: Sequence[Row]) -> Row:
+    line: Row = {"score": 100 * mean(row["score"] for row in rows)}
+    for key in COST_FIELDS:
+        values = [row[key] for row in rows if row[key] is not None]
+        take: Callable[[list[float]], float] = max if key.endswith("bytes") else median
+        line[key] = take(values) if values else None
+    return line
 
 
 def grouped(things: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

@@ -1,0 +1,1 @@
+"""What an index finds, for which time and bytes."""

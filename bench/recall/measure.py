@@ -1,256 +1,119 @@
-"""Search and attend, one fresh query at a time: rows of `bench recall`."""
+"""Runs of `bench recall`: every source, context and seed, and the methods over each."""
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-from torch import Tensor
+import faiss
+import torch
 
-from retrieval_attn.bench.methods import rivals
-from retrieval_attn.bench.methods.faiss_rivals import RIVALS as FAISS
-from retrieval_attn.bench.methods.faiss_rivals import build_rival
-from retrieval_attn.bench.recall.estimators import ESTIMATORS, Estimator
-from retrieval_attn.bench.recall.ladders import bytes_read, ladder
+from retrieval_attn.bench.recall.format import blank_row, summary
+from retrieval_attn.bench.recall.ladders import RULE
+from retrieval_attn.bench.recall.measure_layer import measure_layer
 from retrieval_attn.bench.recall.options import Options
-from retrieval_attn.bench.recall.truth import Truth, check_hits
+from retrieval_attn.bench.recall.sources import Sources
+from retrieval_attn.bench.shared import machine
+from retrieval_attn.bench.shared.bars import Status
 from retrieval_attn.bench.shared.failures import FAILURES, fail
-from retrieval_attn.bench.shared.machine import cache_bytes
-from retrieval_attn.bench.shared.report import Row
-from retrieval_attn.bench.vectors.sources import Vectors
-from retrieval_attn.index import SearchResult, build_index
-from retrieval_attn.kernels import TailSummary
-
-Say = Callable[[str], None]
-
-# Full attention takes long and varies little.
-FOLDED_QUERIES = 8
-
-# Keys and queries of the index that is built to get everything compiled.
-_TINY = 256
+from retrieval_attn.bench.shared.machine import machine_note
+from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, short
+from retrieval_attn.threads.pool import set_threads
 
 
-class Layer(NamedTuple):
-    """One layer to search in: where it is from, its vectors, and what is true of them."""
+def run(options: Options, shown: bool = False) -> dict[str, Any]:
+    """Measure everything; returns {schema_version, env, config, sources, results, summary, notes, interrupted}.
 
-    source: str
-    context: int
-    seed: int
-    vectors: Vectors
-    truth: Truth
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of the keys and values in bfloat16."""
-        return 2 * (self.vectors.keys.numel() + self.vectors.values.numel())
-
-
-class Tail(NamedTuple):
-    """The summary that the estimator "tail" needs, made once for all methods."""
-
-    summary: TailSummary | None
-    seconds: float | None
-    n_bytes: int | None
-
-
-class Steps(NamedTuple):
-    """What single steps gave: seconds of the search and of the whole step, hits, outputs (H, Dv); in query order."""
-
-    search: list[float]
-    total: list[float]
-    hits: list[SearchResult]
-    outs: list[Tensor]
-
-
-def measure_layer(options: Options, layer: Layer, blank: Callable[..., Row], say: Say) -> Iterator[Row]:
-    """A row per method and effort; a method that cannot be measured gives one row that says why.
-
-    blank: makes an unmeasured row from the fields that are known.
+    sources: properties of the vectors, by source, context and seed; see `bench.vectors.measure`. Plain data. What
+    fails is a row; Ctrl-C returns what there is, with `interrupted` true.
     """
-    tail = _summarise(options, layer)
-    for method in options.methods:
-        say(f"{layer.source}, {layer.context} keys, seed {layer.seed}: {method}")
-        known = {"source": layer.source, "context": layer.context, "seed": layer.seed, "method": method}
-        row = blank(**known)
+    env = machine.describe(_use_threads(options.threads))
+    rows: list[Row] = []
+    properties: dict[str, dict[str, float]] = {}
+    interrupted = False
+    with Status(shown) as status:
         try:
-            if method == "folded":
-                yield _measure_folded(layer, row)
-                continue
-            searched = _Searched(method, options, layer)
-        except FAILURES as error:
-            yield fail(row, error)
+            for row in _rows(options, properties, status):
+                rows.append(row)
+                status.finished(_finished(row))
+        except KeyboardInterrupt:
+            interrupted = True
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "env": env,
+        "config": {**options.as_dict(), "mode": "recall"},
+        "sources": properties,
+        "results": rows,
+        "summary": summary(rows, options.estimators),
+        "notes": _notes(options, env, interrupted),
+        "interrupted": interrupted,
+    }
+
+
+def _use_threads(threads: int | None) -> int:
+    """Let PyTorch, numba and faiss use as many threads, all cores by default; returns how many."""
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    used = torch.get_num_threads()
+    set_threads(used)
+    faiss.omp_set_num_threads(used)
+    return used
+
+
+def _rows(options: Options, properties: dict[str, dict[str, float]], status: Status) -> Iterator[Row]:
+    """Every row; the properties of each source are added as it comes up."""
+
+    blank = functools.partial(blank_row, options.top_k)
+    sources = Sources(options, status.doing)
+    for context, seed, source in itertools.product(options.contexts, options.seeds, options.sources):
+        known = {"source": source, "context": context, "seed": seed, "method": "vectors"}
+        try:
+            names = sources.layers(source, context, seed)
+        except (*FAILURES, OSError) as error:
+            yield fail(blank(**known), error)
             continue
-        for effort in options.efforts.get(method) or searched.ladder:
-            row = blank(**known, effort=effort)
+        for name in names:
+            status.doing(f"{name}, {context} keys, seed {seed}: vectors")
             try:
-                _measure(searched, effort, tail, row)
-            except FAILURES as error:
-                fail(row, error)
-            yield row
+                layer, found = sources.layer(name, context, seed)
+            except (*FAILURES, OSError) as error:
+                yield fail(blank(**{**known, "source": name}), error)
+                continue
+            properties[f"{name} {short(context)} seed {seed}"] = found
+            yield from measure_layer(options, layer, blank, status.doing)
 
 
-class Caches:
-    """Other memory that takes the place of everything in the caches. By NumPy, in this thread: another thread pool,
-    still awake, would share the cores with the one that is timed next."""
-
-    def __init__(self) -> None:
-        self._other = np.ones(2 * cache_bytes(), np.uint8)
-
-    def forget(self) -> None:
-        self._other += 1
+def _finished(row: Row) -> str:
+    """What became of one row, for a log."""
+    said = row["reason"] if row["status"] != "ok" else _numbers(row)
+    where = f"{row['source']} {short(row['context'])} seed {row['seed']} {row['method']}"
+    effort = "" if row["effort"] is None else f" {row['effort']}"
+    return f"{where}{effort}: {row['status']}, {said}"
 
 
-class _Searched:
-    """One method over one layer: its index, and the lifted one if an estimator needs it."""
-
-    def __init__(self, method: str, options: Options, layer: Layer) -> None:
-        self.method, self.options, self.layer = method, options, layer
-        names = [name for name in options.estimators if name == "topk" or method not in FAISS]
-        self.estimators = {name: ESTIMATORS[name] for name in names}
-        self.index, self.build_seconds = self._build(None)
-        self.lifted: Any = None
-        self.lift_seconds: float | None = None
-        if any(estimator.lifted for estimator in self.estimators.values()):
-            self.lifted, self.lift_seconds = self._build(layer.truth.scale)
-        self._caches = Caches()
-
-    def _build(self, lift: float | None) -> tuple[Any, float]:
-        """The index and the seconds it took, without those for compiling its code."""
-        keys, queries, seed = self.layer.vectors.keys, self.layer.vectors.prefill_queries, self.layer.seed
-        if self.method not in FAISS:
-            tiny = build_index(self.method, keys[:, :_TINY], queries[:, :_TINY], seed=seed, lift=lift)
-            tiny.search(queries[:, :1].float(), 1)
-        started = time.perf_counter()
-        index: Any = (
-            build_rival(self.method, keys, seed)
-            if self.method in FAISS
-            else build_index(self.method, keys, queries, seed=seed, lift=lift)
-        )
-        return index, time.perf_counter() - started
-
-    @property
-    def ladder(self) -> tuple[int | None, ...]:
-        return ladder(self.method, self.layer.truth.k, self.index)
-
-    def run(self, effort: int | None, estimator: Estimator | None, tail: Tail) -> Steps:
-        """Every held-out query, alone, with cold caches. Without an estimator, searches are all that is done."""
-        vectors, scale = self.layer.vectors, self.layer.truth.scale
-        index = self.lifted if estimator is not None and estimator.lifted else self.index
-        k = self.layer.truth.k + (index is self.lifted)
-        steps = Steps([], [], [], [])
-        for t in range(-1, vectors.queries.shape[1]):
-            # The first query goes first once more, uncounted: what is done once in a process is done then.
-            query = vectors.queries[:, max(t, 0) : max(t, 0) + 1].float().contiguous()
-            self._caches.forget()
-            started = time.perf_counter()
-            hits = index.search(query, k, effort=effort)
-            found = time.perf_counter()
-            out = None
-            if estimator is not None:
-                out = estimator.attend(query, vectors, hits, scale, tail.summary, index)
-            ended = time.perf_counter()
-            if t >= 0:
-                steps.search.append(found - started)
-                steps.total.append(ended - started)
-                steps.hits.append(hits)
-                if out is not None:
-                    steps.outs.append(out)
-        return steps
+def _numbers(row: Row) -> str:
+    if row["search_us"] is None:
+        return f"{row['step_topk_us']:.0f} us per step"
+    return f"recall {row['recall']:.3f}, {row['visited_pct']:.2f} % visited, {row['search_us']:.0f} us"
 
 
-def _summarise(options: Options, layer: Layer) -> Tail:
-    if not any(ESTIMATORS[name].name == "tail" for name in options.estimators):
-        return Tail(None, None, None)
-    started = time.perf_counter()
-    summary = TailSummary(layer.vectors.keys, layer.vectors.values)
-    return Tail(summary, time.perf_counter() - started, summary.nbytes)
+def _notes(options: Options, env: dict[str, Any], interrupted: bool) -> list[str]:
+    """The foot of the table: what was measured, on what."""
 
-
-def _measure(searched: _Searched, effort: int | None, tail: Tail, row: Row) -> None:
-    layer, truth = searched.layer, searched.layer.truth
-    plain: Steps | None = None
-    for name, estimator in searched.estimators.items():
-        steps = searched.run(effort, estimator, tail)
-        error = float(np.mean([truth.error(out, t) for t, out in enumerate(steps.outs)]))
-        if not np.isfinite(error):
-            raise ValueError(f"the output of the estimator {name!r} holds NaN or infinity")
-        row[f"err_{name}"] = error
-        row[f"step_{name}_us"] = 1e6 * float(np.median(steps.total))
-        if plain is None and not estimator.lifted:
-            plain = steps
-    plain = plain or searched.run(effort, None, tail)
-    _note_search(plain, searched, effort, row)
-    index_bytes = searched.index.nbytes
-    row.update(
-        build_s=searched.build_seconds,
-        lift_build_s=searched.lift_seconds,
-        index_bytes=index_bytes,
-        index_pct=100 * index_bytes / layer.kv_bytes,
-        tail_build_s=tail.seconds,
-        tail_bytes=tail.n_bytes,
-        status="ok",
-    )
-    if searched.options.check:
-        _check(row, searched, plain.hits)
-
-
-def _note_search(steps: Steps, searched: _Searched, effort: int | None, row: Row) -> None:
-    """What there is to say about the searches alone."""
-    layer, truth = searched.layer, searched.layer.truth
-    recalls = np.stack([truth.recall(hits, t) for t, hits in enumerate(steps.hits)])
-    visited = float(np.mean([hits.visited for hits in steps.hits]))
-    times = 1e6 * np.array(steps.search)
-    low, high = np.percentile(times, [20, 80]).tolist()
-    row.update(
-        recall=float(recalls.mean()),
-        worst_head_recall=float(recalls.mean(axis=0).min()),
-        mass=float(np.mean([truth.mass(hits, t) for t, hits in enumerate(steps.hits)])),
-        best_mass=float(truth.best_mass.mean()),
-        visited_pct=100 * visited / layer.vectors.keys.shape[1],
-        bytes_read=bytes_read(searched.method, searched.index, layer.vectors, visited, effort, truth.k),
-        search_us=float(np.median(times)),
-        search_p20_us=low,
-        search_p80_us=high,
-        queries=len(steps.hits),
-    )
-    row["samples"]["search_us"] = times.tolist()
-
-
-def _check(row: Row, searched: _Searched, found: list[SearchResult]) -> None:
-    """A number needs a passing check: keys once each, with the scores they have."""
-    vectors = searched.layer.vectors
-    wrong = None
-    for t, hits in enumerate(found):
-        query = vectors.queries[:, t : t + 1].float().contiguous()
-        wrong = wrong or check_hits(hits, query, vectors.keys)
-    row["check"] = "failed" if wrong else "passed"
-    if wrong:
-        row["status"], row["reason"] = "failed", wrong
-
-
-def _measure_folded(layer: Layer, row: Row) -> Row:
-    """Attention over all keys, each read once for its group: what a step takes that searches for nothing."""
-    keys, values = layer.vectors.keys[None], layer.vectors.values[None]
-    caches = Caches()
-    times, errors = [], []
-    for t in range(-1, min(FOLDED_QUERIES, layer.vectors.queries.shape[1])):
-        query = layer.vectors.queries[None, :, max(t, 0) : max(t, 0) + 1].to(keys.dtype).contiguous()
-        caches.forget()
-        started = time.perf_counter()
-        out = rivals.folded(query, keys, values)
-        if t >= 0:
-            times.append(1e6 * (time.perf_counter() - started))
-            errors.append(layer.truth.error(out[0, :, 0], t))
-    row.update(
-        status="ok",
-        recall=1.0,
-        mass=1.0,
-        best_mass=float(layer.truth.best_mass.mean()),
-        visited_pct=100.0,
-        bytes_read=float(keys.nbytes + values.nbytes),
-        queries=len(times),
-        err_topk=float(np.mean(errors)),
-        step_topk_us=float(np.median(times)),
-    )
-    row["samples"]["step_topk_us"] = times
-    return row
+    swept = 2 * env["last_level_cache_bytes"] / 2**20
+    notes = [
+        machine_note(env),
+        f"one step of one layer: a query per head of {options.queries} held-out ones, median; search us is the search "
+        "alone, step us the search that the estimator needs and the attention over what it found",
+        f"caches are cold: {swept:.0f} MiB of other memory are read and written before each step",
+        "error: relative L2 distance from float32 attention over all keys, a mean over heads and queries; topk, lift "
+        f"and tail attend to {options.top_k} keys per head, topk-group and tail-group to what the whole group found",
+        "recall: keys whose score is that of the k-th best, within rounding, count; mass: of the softmax over all keys",
+        RULE,
+    ]
+    if not options.check:
+        notes.append("hits were not checked: do not quote these numbers")
+    if interrupted:
+        notes.append("interrupted: rows are missing")
+    return notes

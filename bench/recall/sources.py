@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from retrieval_attn.bench.recall.measure import Layer
+from retrieval_attn.bench.recall.measure_layer import Layer
 from retrieval_attn.bench.recall.options import Options
 from retrieval_attn.bench.recall.truth import Truth
 from retrieval_attn.bench.shared.machine import require_memory

@@ -8,7 +8,7 @@ import numpy as np
 
 from retrieval_attn.bench.kernels.format import chart as kernels
 from retrieval_attn.bench.latency.format import chart as latency
-from retrieval_attn.bench.memory.command import PHASES
+from retrieval_attn.bench.memory.format import PHASES
 from retrieval_attn.bench.quality.plot import grid, pareto, tasks
 from retrieval_attn.bench.quality.scores import grouped
 from retrieval_attn.bench.recall.curves import curves

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retrieval_attn.bench.memory.command import PHASES
+from retrieval_attn.bench.memory.format import PHASES
 from retrieval_attn.bench.report.columns import ROWS
 from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row
 

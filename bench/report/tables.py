@@ -4,7 +4,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import NamedTuple
 
-from retrieval_attn.bench.memory.command import peak_lines
+from retrieval_attn.bench.memory.format import peak_lines
 from retrieval_attn.bench.quality.scores import costs, grouped, methods, score_lines
 from retrieval_attn.bench.recall.curves import at_recall
 from retrieval_attn.bench.recall.format import RECALL

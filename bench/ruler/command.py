@@ -1,15 +1,14 @@
 """`retrieval-attn bench ruler`: RULER's synthetic tasks, scored as published."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, Settings, make_settings, parse_tasks
-from retrieval_attn.bench.quality.runner import Output, exit_status, read_haystack, run
+from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, make_settings, parse_tasks
+from retrieval_attn.bench.quality.runner import Output, exit_status
+from retrieval_attn.bench.ruler.options import groups, names
 from retrieval_attn.bench.shared.options import WholeModel
-from retrieval_attn.bench.shared.report import Report
 from retrieval_attn.terminal.options import Fields, option, with_options
 
 
@@ -33,55 +32,9 @@ def command(
         raise ValueError("the task qa and --qa FILE go together: --task qa --qa squad.json")
     settings = make_settings("ruler", asked, model, config, tasks=tasks, qa=None if qa is None else str(qa))
     output = Output(to, settings.as_dict())
-    report = measure(settings, output)
     from retrieval_attn.bench.quality.plot import plot_tasks
+    from retrieval_attn.bench.ruler.measure import measure
 
+    report = measure(settings, output)
     output.write(report, plot_tasks)
     raise typer.Exit(exit_status(report["results"]))
-
-
-def names() -> list[str]:
-    """Every task."""
-    from retrieval_attn.bench.ruler.tasks import TASKS
-
-    return [*TASKS, "qa"]
-
-
-def groups() -> dict[str, Any]:
-    """Names for several tasks."""
-    from retrieval_attn.bench.ruler.tasks import RETRIEVAL, TASKS
-
-    return {"retrieval": list(RETRIEVAL), "all": list(TASKS)}
-
-
-def measure(settings: Settings, output: Output) -> Report:
-    """The report of these tasks."""
-    text, maker = read_haystack(settings.text), _qa_maker(settings)
-
-    def maker_of(task: str, n_tokens: int, sample: int) -> Any:
-        from retrieval_attn.bench.ruler.tasks import ruler_maker
-
-        return maker(n_tokens, sample) if task == "qa" else ruler_maker(task, n_tokens, sample, settings.seed, text)
-
-    def plan(llm: Any) -> Any:
-        from retrieval_attn.bench.quality.plan import plan_tasks
-        from retrieval_attn.bench.quality.run import MULTI_REQUEST
-
-        return plan_tasks(settings, settings.options["tasks"], maker_of, [MULTI_REQUEST], llm)
-
-    report = run(settings, output, plan)
-    report["notes"] += [
-        "score: the share of the references that an answer contains (RULER's string_match_all; for qa, any of them)",
-        "the context was read exactly, once for all methods; with followup=retrieve the question goes through the "
-        "method, too",
-    ]
-    return report
-
-
-def _qa_maker(settings: Settings) -> Callable[[int, int], Any]:
-    if settings.options["qa"] is None:
-        return lambda n_tokens, sample: None
-    from retrieval_attn.bench.ruler.questions import qa_maker, read_qa
-
-    data = read_qa(settings.options["qa"])
-    return lambda n_tokens, sample: qa_maker(data, n_tokens, sample, settings.seed)

@@ -1,0 +1,1 @@
+"""SCBench's tasks: several turns about one context."""

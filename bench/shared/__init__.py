@@ -1,0 +1,1 @@
+"""What many benchmarks share: facts, the machine, options, failures, rows and tables, pictures, bars."""

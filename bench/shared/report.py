@@ -72,6 +72,12 @@ def table(columns: Columns, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def timed_line(row: Row) -> str:
+    """What became of one row, for a log."""
+    said = f"{row['total_ms']:.3f} ms" if row["status"] == "ok" else row["reason"]
+    return f"{short(row['context'])} {row['method']}: {row['status']}, {said}"
+
+
 def reasons(rows: list[Row]) -> list[str]:
     """Why rows failed, each reason once, with context and method before it."""
     return list(

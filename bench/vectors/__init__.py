@@ -1,0 +1,1 @@
+"""Keys, values and queries to search in: made up, or captured from a model."""

@@ -10,12 +10,13 @@ from tiny_models import save_tiny_chat_model
 
 from retrieval_attn import load
 from retrieval_attn.attention.decode import StepClock, decode
-from retrieval_attn.bench.fidelity.command import Fidelity, summary
-from retrieval_attn.bench.fidelity.measure import hold_out, indexes, measure_cache, step
+from retrieval_attn.bench.fidelity.format import summary
+from retrieval_attn.bench.fidelity.heads import hold_out, indexes, measure_cache, step
+from retrieval_attn.bench.fidelity.measure import Fidelity
 from retrieval_attn.bench.fidelity.planted import MARGIN, plant
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.named import parse_method
-from retrieval_attn.bench.ppl.measure import text_ids
+from retrieval_attn.bench.ppl.reading import text_ids
 from retrieval_attn.bench.report.read import read_report
 from retrieval_attn.cli import main
 from retrieval_attn.config import RetrievalConfig

@@ -42,7 +42,7 @@ SMALL = TINY._replace(lengths=(520,), prompts=(900,), chunk=256, capped=CASES)
 def _quick(monkeypatch):
     monkeypatch.setattr(gpu_measure.machine, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(gpu_measure, "peak_flops", lambda device, dtype: 1e11)
-    monkeypatch.setattr("retrieval_attn.bench.kernels.steps.CALLS", 2)
+    monkeypatch.setattr("retrieval_attn.bench.kernels.measure_steps.CALLS", 2)
     monkeypatch.setattr(gpu_capped, "STEPS", 3)
     monkeypatch.setattr(gpu_capped, "WARM_STEPS", 1)
 

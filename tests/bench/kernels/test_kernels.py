@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from retrieval_attn.bench.kernels import command as kernels
 from retrieval_attn.bench.kernels import format as kernels_format
-from retrieval_attn.bench.kernels import measure as kernels_measure
+from retrieval_attn.bench.kernels import measure_prompt as kernels_measure
 from retrieval_attn.bench.kernels import methods as kernels_prefill
-from retrieval_attn.bench.kernels.measure import over_prompt, places
+from retrieval_attn.bench.kernels.measure import run
+from retrieval_attn.bench.kernels.measure_prompt import over_prompt, places
 from retrieval_attn.bench.kernels.methods import Chunk, Result, count_pairs
 from retrieval_attn.bench.kernels.options import PATTERNS, Asked, make_options
 from retrieval_attn.bench.kernels.rows import DENSE, ROW_FIELDS, SQUARE, Limits, blank_row, compare, set_shares
@@ -36,17 +36,17 @@ def options(**changes):
 def _quick(monkeypatch):
     """Peaks take long to measure, and a hundred calls are not needed to test one."""
     monkeypatch.setattr("retrieval_attn.bench.shared.machine.copy_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr("retrieval_attn.bench.kernels.timing.peak_flops", lambda device, dtype: 1e12)
-    monkeypatch.setattr("retrieval_attn.bench.kernels.steps.CALLS", 2)
+    monkeypatch.setattr("retrieval_attn.bench.kernels.measure.peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr("retrieval_attn.bench.kernels.measure_steps.CALLS", 2)
 
 
 @pytest.fixture(scope="module")
 def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("retrieval_attn.bench.shared.machine.copy_bandwidth", lambda device: 1e10)
-        patch.setattr("retrieval_attn.bench.kernels.timing.peak_flops", lambda device, dtype: 1e12)
-        patch.setattr("retrieval_attn.bench.kernels.steps.CALLS", 2)
-        yield kernels.run(options())
+        patch.setattr("retrieval_attn.bench.kernels.measure.peak_flops", lambda device, dtype: 1e12)
+        patch.setattr("retrieval_attn.bench.kernels.measure_steps.CALLS", 2)
+        yield run(options())
 
 
 def peaky(H=4, G=2, T=200, S=300, D=64):
@@ -211,7 +211,7 @@ def test_a_wrong_output_gives_no_number(monkeypatch):
         return AttentionState(state.out * 1.01, state.lse)
 
     monkeypatch.setattr(kernels_prefill, "attend_dense", wrong)
-    rows = {row["method"]: row for row in kernels.run(options(context="600", patterns="none", steps="none"))["results"]}
+    rows = {row["method"]: row for row in run(options(context="600", patterns="none", steps="none"))["results"]}
     assert (rows["dense"]["status"], rows["dense"]["check"]) == ("failed", "failed")
     assert "times as far from exact attention" in rows["dense"]["reason"]
     assert rows["dense"]["speedup_vs_sdpa"] is None
@@ -226,8 +226,8 @@ def test_a_failing_kernel_is_a_row(monkeypatch, error, status):
         raise error
 
     monkeypatch.setattr(kernels_prefill, "attend_adaptive", fail)
-    monkeypatch.setattr("retrieval_attn.bench.kernels.steps.attend_near", fail)
-    found = kernels.run(options(context="600", patterns="auto", steps="near"))
+    monkeypatch.setattr("retrieval_attn.bench.kernels.measure_steps.attend_near", fail)
+    found = run(options(context="600", patterns="auto", steps="near"))
     rows = {row["method"]: row for row in found["results"]}
     for name in ("auto", "near"):
         assert (rows[name]["status"], rows[name]["reason"]) == (status, str(error).split("\n")[0])
@@ -236,7 +236,7 @@ def test_a_failing_kernel_is_a_row(monkeypatch, error, status):
 
 
 def test_a_prompt_too_large_is_a_row():
-    rows = kernels.run(options(context="4096m,600", patterns="none", steps="merge"))["results"]
+    rows = run(options(context="4096m,600", patterns="none", steps="merge"))["results"]
     assert (rows[0]["method"], rows[0]["status"]) == ("vectors", "oom")
     assert "GiB of CPU memory" in rows[0]["reason"]
     assert [row["method"] for row in rows[1:]] == ["sdpa", "dense", SQUARE, "merge"]
@@ -244,12 +244,12 @@ def test_a_prompt_too_large_is_a_row():
 
 def test_one_call_is_left_out_where_it_takes_too_long(monkeypatch):
     monkeypatch.setattr(kernels_measure, "MOST_SECONDS", 0.0)
-    rows = kernels.run(options(context="600", patterns="none", steps="none"))["results"]
+    rows = run(options(context="600", patterns="none", steps="none"))["results"]
     assert (rows[-1]["method"], rows[-1]["status"]) == (SQUARE, "skipped")
 
 
 def test_a_real_layer_has_its_own_shape():
-    rows = kernels.run(options(context="1100", source="real:1", patterns="auto", steps="near,merge"))["results"]
+    rows = run(options(context="1100", source="real:1", patterns="auto", steps="near,merge"))["results"]
     assert {row["status"] for row in rows} == {"ok"}
 
 
@@ -296,4 +296,4 @@ def test_files_that_cannot_be_written_are_told_at_once(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there():
     with pytest.raises(ValueError, match="PyTorch sees no CUDA device"):
-        kernels.run(options(device="cuda"))
+        run(options(device="cuda"))

@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import retrieval_attn.bench.latency.layer as latency_layer
 from retrieval_attn.bench.latency import command as latency
 from retrieval_attn.bench.latency import format as latency_format
+from retrieval_attn.bench.latency import measure_layer as latency_layer
 from retrieval_attn.bench.latency.format import ROW_FIELDS
+from retrieval_attn.bench.latency.measure import run
 from retrieval_attn.bench.latency.options import Asked, make_options
 from retrieval_attn.bench.methods import rivals
 from retrieval_attn.bench.shared.options import parse_names, parse_shape
@@ -47,7 +48,7 @@ def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency_layer, "cache_bytes", lambda: 1 << 16)
         patch.setattr("retrieval_attn.bench.shared.machine.copy_bandwidth", lambda device: 1e10)
-        yield latency.run(options(context="300,1500", index="exact,ivf", layers=2, warmup=1))
+        yield run(options(context="300,1500", index="exact,ivf", layers=2, warmup=1))
 
 
 def test_names():
@@ -135,7 +136,7 @@ def test_recall_and_visits(report):
 
 
 def test_exact_index_over_all_keys_is_full_attention():
-    (row,) = latency.run(options(index="exact", compare="none", top_k=4000))["results"]
+    (row,) = run(options(index="exact", compare="none", top_k=4000))["results"]
     assert row["rel_error"] < 1e-5
 
 
@@ -148,7 +149,7 @@ def test_folded_equals_full():
 
 def test_a_wrong_output_gives_no_number(monkeypatch):
     monkeypatch.setitem(rivals.FUNCTIONS, "folded", lambda q, k, v: rivals.full(q, k, v) * 1.01)
-    rows = latency.run(options())["results"]
+    rows = run(options())["results"]
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
     assert "away from attention over the keys it selected" in rows[1]["reason"]
     assert rows[0]["speedup_vs_folded"] is None
@@ -156,7 +157,7 @@ def test_a_wrong_output_gives_no_number(monkeypatch):
 
 def test_nan_fails_the_check(monkeypatch):
     monkeypatch.setitem(rivals.FUNCTIONS, "full", lambda q, k, v: q * torch.nan)
-    (row,) = latency.run(options(index="none", compare="full"))["results"]
+    (row,) = run(options(index="none", compare="full"))["results"]
     assert (row["status"], row["check"]) == ("failed", "failed")
     json.dumps(row, allow_nan=False)
 
@@ -169,20 +170,20 @@ def test_a_failing_method_is_a_row(monkeypatch, error, status):
         raise error
 
     monkeypatch.setitem(rivals.FUNCTIONS, "full", fail)
-    rows = latency.run(options())["results"]
+    rows = run(options())["results"]
     assert [row["status"] for row in rows] == [status, "ok", "ok"]
     assert rows[0]["reason"] == str(error).split("\n")[0]
     assert rows[2]["speedup_vs_full"] is None
 
 
 def test_a_context_too_large_is_rows():
-    rows = latency.run(options(context="1024m,1500", index="exact"))["results"]
+    rows = run(options(context="1024m,1500", index="exact"))["results"]
     assert [row["status"] for row in rows] == ["oom"] * 3 + ["ok"] * 3
     assert "GiB of CPU memory" in rows[0]["reason"]
 
 
 def test_without_check_the_table_says_so():
-    report = latency.run(options(check=False))
+    report = run(options(check=False))
     assert {row["check"] for row in report["results"]} == {None}
     assert "do not quote these numbers" in latency_format.render(report, "md")
 
@@ -262,7 +263,7 @@ def test_a_whole_model(tmp_path):
 
     model = str(save_tiny_chat_model(tmp_path / "model"))
     chosen = options(model=model, layers=None, context="1000,9k", gen=3, repeat=2, top_k=4000)
-    report = latency.run(chosen)
+    report = run(chosen)
     rows = {(row["context"], row["method"]): row for row in report["results"]}
     for method in ("full", "folded", "exact"):
         row = rows[1000, method]

@@ -4,7 +4,8 @@ import pytest
 from tiny_models import save_tiny_chat_model
 
 from retrieval_attn import load
-from retrieval_attn.bench.long.command import measure, verdict
+from retrieval_attn.bench.long.format import verdict
+from retrieval_attn.bench.long.measure import measure
 from retrieval_attn.cli import main
 from retrieval_attn.config import RetrievalConfig
 

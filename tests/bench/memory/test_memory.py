@@ -6,21 +6,22 @@ import pytest
 from typer.testing import CliRunner
 
 from retrieval_attn import cli
-from retrieval_attn.bench.memory import command as memory
-from retrieval_attn.bench.memory import measure as memory_run
+from retrieval_attn.bench.memory import format as memory_format
+from retrieval_attn.bench.memory import measure as memory_measure
+from retrieval_attn.bench.memory import one_context
 
 
 @pytest.fixture(scope="module")
 def row():
-    return memory.run_context(
+    return memory_measure.run_context(
         {"tokens": 4096, "model": None, "index": "scan", "seed": 0, "device": "cpu", "save": None}
     )
 
 
 def test_every_phase_is_measured_near_its_plan(row):
     assert row["status"] == "ok", row["reason"]
-    assert set(row["planned"]) == set(row["measured"]) == set(memory.PHASES)
-    *_, peak = memory.peak_lines(row)
+    assert set(row["planned"]) == set(row["measured"]) == set(memory_format.PHASES)
+    *_, peak = memory_format.peak_lines(row)
     assert peak["phase"] == "peak"
     assert 0.85 < peak["host_ratio"] < 1.15
     assert peak["device_ratio"] is None
@@ -35,23 +36,25 @@ def test_the_times_are_of_one_session(row):
 
 def test_tables_and_report(row):
     failed = {"context": "1m", "index": "scan", "status": "failed", "reason": "no room"}
-    text = memory.as_text([row, failed])
-    assert text.count("| 4k | scan |") == len(memory.PHASES) + 2
+    text = memory_format.as_text([row, failed])
+    assert text.count("| 4k | scan |") == len(memory_format.PHASES) + 2
     assert text.endswith("- 1m scan: no room")
-    assert memory.as_text([failed]) == "- 1m scan: no room"
-    report = json.loads(json.dumps(memory.as_report([row], {"index": "scan"}), allow_nan=False))
+    assert memory_format.as_text([failed]) == "- 1m scan: no room"
+    report = json.loads(json.dumps(memory_measure.as_report([row], {"index": "scan"}), allow_nan=False))
     assert report["results"][0]["tokens"] == row["tokens"]
     assert report["env"]["ram_bytes"] > 0
 
 
 def test_a_context_that_fails_is_a_row_with_the_reason():
-    row = memory.run_context({"tokens": 5, "model": None, "index": "scan", "seed": 0, "device": "cpu", "save": None})
+    row = memory_measure.run_context(
+        {"tokens": 5, "model": None, "index": "scan", "seed": 0, "device": "cpu", "save": None}
+    )
     assert row["status"] == "failed"
     assert "tokens must be between" in row["reason"]
 
 
 def test_a_peak_begins_anew_with_its_phase():
-    peaks = memory_run.Peaks()
+    peaks = one_context.Peaks()
     if not peaks.exact:
         pytest.skip("this system has no /proc/self/clear_refs")
     with peaks.phase("large"):

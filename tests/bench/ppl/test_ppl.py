@@ -10,7 +10,7 @@ from tiny_models import save_tiny_chat_model
 from retrieval_attn import load
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.named import parse_method
-from retrieval_attn.bench.ppl.measure import Foretelling, divergence, judge, left_to_do, read_and_measure, text_ids
+from retrieval_attn.bench.ppl.reading import Foretelling, divergence, judge, left_to_do, read_and_measure, text_ids
 from retrieval_attn.bench.report.read import read_report
 from retrieval_attn.cli import main
 from retrieval_attn.config import RetrievalConfig

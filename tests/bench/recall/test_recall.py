@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from retrieval_attn import cli
 from retrieval_attn.bench.methods.faiss_rivals import build_rival
-from retrieval_attn.bench.recall import command as recall
 from retrieval_attn.bench.recall import format as recall_format
-from retrieval_attn.bench.recall import measure as recall_measure
+from retrieval_attn.bench.recall import measure_layer as recall_measure
 from retrieval_attn.bench.recall.curves import at_error, at_recall, growth
 from retrieval_attn.bench.recall.estimators import ESTIMATORS
 from retrieval_attn.bench.recall.format import ROW_FIELDS, blank_row
+from retrieval_attn.bench.recall.measure import run
 from retrieval_attn.bench.recall.options import Asked, make_options
 from retrieval_attn.bench.recall.truth import Truth, check_hits
 from retrieval_attn.bench.vectors.sources import capture, vectors
@@ -46,7 +46,7 @@ def _small_machine(monkeypatch):
 def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recall_measure, "cache_bytes", lambda: 1 << 16)
-        yield recall.run(options(source="shaped,duplicates", index="all", compare="all", effort=["graph=20,80"]))
+        yield run(options(source="shaped,duplicates", index="all", compare="all", effort=["graph=20,80"]))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_sample_needs_one_key_more(monkeypatch):
         return index
 
     monkeypatch.setattr(recall_measure, "build_index", build)
-    recall.run(options(estimator="topk,lift,tail"))
+    run(options(estimator="topk,lift,tail"))
     assert {pair for pair in asked if pair[1] > 1} == {(False, 20), (True, 21)}
 
 
@@ -174,7 +174,7 @@ def test_what_else_a_report_says(report):
 def test_the_same_seeds_give_the_same_figures():
     plain = [
         [{name: value for name, value in row.items() if name not in TIMES | {"samples"}} for row in run["results"]]
-        for run in (recall.run(options(index="exact,graph,scan", effort=["graph=40", "scan=40"])) for _ in range(2))
+        for run in (run(options(index="exact,graph,scan", effort=["graph=40", "scan=40"])) for _ in range(2))
     ]
     assert plain[0] == plain[1]
     assert plain[0][1]["recall"] > 0
@@ -183,7 +183,7 @@ def test_the_same_seeds_give_the_same_figures():
 def test_real_layers_come_from_one_capture(tmp_path):
     path = tmp_path / "real.safetensors"
     capture(400, seed=0, n_heldout=6).save(path)
-    report = recall.run(options(source="real", context="400,9000", capture=path, queries=6, estimator="topk"))
+    report = run(options(source="real", context="400,9000", capture=path, queries=6, estimator="topk"))
     assert [row["source"] for row in rows_of(report, context=400)] == ["real:0", "real:1", "real:2"]
     assert all(row["status"] == "ok" and row["queries"] == 6 for row in rows_of(report, context=400))
     assert all("S must be between 1 and 400" in row["reason"] for row in rows_of(report, context=9000))
@@ -191,14 +191,14 @@ def test_real_layers_come_from_one_capture(tmp_path):
 
 def test_a_capture_is_written_where_none_is(tmp_path):
     path = tmp_path / "real.safetensors"
-    report = recall.run(options(source="real:1", context="300,500", capture=path, estimator="none"))
+    report = run(options(source="real:1", context="300,500", capture=path, estimator="none"))
     assert path.is_file()
     assert [row["status"] for row in report["results"]] == ["ok", "ok"]
 
 
 def test_a_model_that_is_not_there_is_a_row():
     for source in ("real", "real:0"):
-        (row,) = recall.run(options(source=source, model="/no/such/model"))["results"]
+        (row,) = run(options(source=source, model="/no/such/model"))["results"]
         assert (row["method"], row["status"]) == ("vectors", "failed")
         assert "no model at '/no/such/model'" in row["reason"]
 
@@ -210,7 +210,7 @@ def test_a_method_that_fails_says_why(monkeypatch):
         return build_index(kind, *args, **kwargs)
 
     monkeypatch.setattr(recall_measure, "build_index", refuse)
-    report = recall.run(options(index="ivf,exact"))
+    report = run(options(index="ivf,exact"))
     (row,) = rows_of(report, method="ivf")
     assert (row["status"], row["reason"]) == ("oom", "too large by far")
     assert rows_of(report, method="exact")[0]["status"] == "ok"

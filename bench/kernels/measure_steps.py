@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrieval_attn.bench.kernels.measure import Plan
+from retrieval_attn.bench.kernels.measure_prompt import Plan
 from retrieval_attn.bench.kernels.rows import blank_row, set_check, set_shares, set_times
 from retrieval_attn.bench.kernels.timing import seconds
 from retrieval_attn.bench.kernels.truth import TOLERANCE
