@@ -144,7 +144,7 @@ def generate(
 def demo(
     config: Annotated[RetrievalConfig, Fields("index", "top_k", "prefill", "threads", "seed")],
     tokens: Annotated[str, option("Length of the document; k = 1024.", "--tokens")] = "64k",
-    questions: Annotated[int, typer.Option("--questions", help="Facts asked for.", min=1)] = 3,
+    questions: Annotated[int, option("Facts asked for.", "--questions")] = 3,
 ) -> None:
     """Hide facts in a long document, ask for them, and compare with full attention in stock transformers."""
     length, console = parse_length(tokens, "--tokens"), Console()

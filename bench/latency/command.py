@@ -15,6 +15,7 @@ from retrieval_attn.terminal.options import Fields, with_options
 @with_options
 def command(
     asked: Asked,
+    # Short contexts, too, are indexed: a row says what it measured.
     config: Annotated[RetrievalConfig, Fields("top_k", "estimator", "threads", "seed", exact_below=0)],
     to: ReportTo,
 ) -> None:

@@ -293,6 +293,13 @@ def test_an_unknown_model_argument_is_one_line_with_the_known_ones():
         HarnessModel(index="hnsw")
 
 
+def test_model_args_are_words_of_the_one_option_language(folder):
+    made = HarnessModel.create_from_arg_obj({"pretrained": str(folder), "n_local": "1k", "top_k": 7})
+    assert (made.llm.config.n_local, made.llm.config.top_k) == (1024, 7)
+    with pytest.raises(ValueError, match="n_local must be tokens such as 8k"):
+        HarnessModel(n_local="lots")
+
+
 def test_model_args_have_the_last_word_on_the_device(folder, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     made = HarnessModel.create_from_arg_obj({"pretrained": str(folder)}, {"device": "cuda:0", "batch_size": None})
