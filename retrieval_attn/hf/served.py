@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from retrieval_attn.hf.versions import KEEPS_RECURRENT_STATE
+
 
 def refuse_unserved(model_config: Any) -> None:
     """Raise ValueError, with the model's name and the reason, if its attention cannot be served."""
@@ -19,6 +21,11 @@ def refuse_unserved(model_config: Any) -> None:
         raise ValueError(f"{name!r} has learned attention sinks, which are not supported")
     if getattr(text, "num_kv_shared_layers", 0):
         raise ValueError(f"{name!r} shares keys and values between layers, which is not supported")
+    if not KEEPS_RECURRENT_STATE and not _RECURRENT.isdisjoint(getattr(text, "layer_types", None) or ()):
+        raise ValueError(
+            f"{name!r} has layers with a recurrent state, which the caches of this transformers version do not keep; "
+            "upgrade transformers"
+        )
     if getattr(text, "num_attention_heads", None) is None or getattr(text, "model_type", "") in _NO_ATTENTION:
         raise ValueError(f"{name!r} has no attention layers, so there is nothing to retrieve")
 
@@ -28,6 +35,9 @@ def refuse_unserved(model_config: Any) -> None:
 _ENCODERS = {"bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"}
 
 _ENCODERS |= {"roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+
+# Kinds of layers that keep no keys.
+_RECURRENT = {"conv", "linear_attention"}
 
 _NO_ATTENTION = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
 

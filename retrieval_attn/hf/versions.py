@@ -4,12 +4,14 @@ import inspect
 from typing import Any
 
 import torch
+import transformers.cache_utils
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CACHE_ARGUMENT",
+    "KEEPS_RECURRENT_STATE",
     "AttentionMaskInterface",
     "cache_argument",
     "causal_mask_function",
@@ -19,6 +21,10 @@ __all__ = [
 
 # The name by which forward passes and `generate` take a cache: all of transformers renamed it at once, in 5.24.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+# Whether caches have layers for what is no attention. Before, such models brought caches of their own.
+KEEPS_RECURRENT_STATE = hasattr(transformers.cache_utils, "LinearAttentionLayer")
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

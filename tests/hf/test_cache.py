@@ -6,7 +6,7 @@ from tiny_models import COMMON, MODELS, prompt_ids, tiny_config, tiny_model
 from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import retrieval_attn as ra
-from retrieval_attn.hf.versions import cache_argument
+from retrieval_attn.hf.versions import KEEPS_RECURRENT_STATE, cache_argument
 from retrieval_attn.index import build_index
 from retrieval_attn.kv.window import Split, split
 
@@ -368,6 +368,18 @@ def test_cache_with_a_model_of_another_attention_is_refused():
         model.generate(prompt_ids(100), **cache_argument(ra.RetrievalCache(model.config, small())), max_new_tokens=3)
 
 
+@pytest.mark.parametrize("kind", ["conv", "linear_attention"])
+def test_recurrent_layers_that_this_transformers_does_not_keep_are_refused(monkeypatch, kind):
+    """On 4.57 they were taken for attention, and the first forward pass ended in an AttributeError."""
+    monkeypatch.setattr("retrieval_attn.hf.served.KEEPS_RECURRENT_STATE", False)
+    config = Lfm2Config(**(COMMON | {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]}))
+    ra.RetrievalCache(config, small())
+    config.layer_types = [kind, "full_attention"]
+    with pytest.raises(ValueError, match="'lfm2' has layers with a recurrent state.*upgrade transformers"):
+        ra.RetrievalCache(config, small())
+
+
+@pytest.mark.skipif(not KEEPS_RECURRENT_STATE, reason="caches of this transformers version keep no recurrent state")
 def test_a_model_with_recurrent_layers_is_served_but_cannot_go_back():
     config = Lfm2Config(**(COMMON | {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}))
     torch.manual_seed(0)
