@@ -1,4 +1,4 @@
-"""Which pattern each head of a model should prefill by: all are tried on a text, at equal cost, by their real kernel.
+"""Finds the pattern that each head of a model should prefill by: all are tried on a text, at equal cost.
 
 After the search of MInference (arXiv 2407.02490, algorithm 1). What counts is the attention's output, not the mass that
 a pattern keeps: keys whose values say the same may well be left out. The model reads the text once, unmodified; each

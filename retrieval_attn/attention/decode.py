@@ -15,7 +15,7 @@ from retrieval_attn.kernels import AttentionState, attend_dense, attend_far, att
 
 LEAST_NORM = 1e-30
 
-# What is attended to without a search: the window, on its device, and the newest far keys, in CPU memory.
+# Attention that needs no search: over the window, on its device, and over the newest far keys, in CPU memory.
 Pair = tuple[AttentionState, AttentionState]
 
 
@@ -112,7 +112,7 @@ def decode_block(
 def _with_far(
     query: Tensor, memory: LayerMemory, index: Index | None, near: AttentionState, scale: float, lap: Lap
 ) -> AttentionState:
-    """The state merged with that of the far keys: those that the index covers by search, the newest ones exactly."""
+    """Merge the near state with the far keys: those that the index covers are searched, the newest are read."""
     store, clock, far = memory.store, lap.clock, memory.far()
     newest = far.after(0 if index is None else index.n_keys)
     # Stored rows may be integers, which take other queries, and give other outputs.
@@ -140,7 +140,10 @@ def _with_far(
 def find_far(
     query: Tensor, memory: LayerMemory, index: Index, anyway: Pair, scale: float, clock: StepClock
 ) -> SearchResult:
-    """What the index finds; with `mass`, as much as that takes beside what is attended to anyway."""
+    """Search the index for `top_k` keys, or with `mass` for as many as it takes.
+
+    anyway: attention over the window and the newest far keys, which counts towards the mass.
+    """
     config, n_far = memory.config, index.n_keys
     k = min(config.top_k + (config.estimator == "lift"), n_far)
     if config.mass is None:
@@ -171,7 +174,7 @@ def _search(query: Tensor, memory: LayerMemory, index: Index, k: int, clock: Ste
 
 
 def _lse_of(states: Pair) -> Tensor:
-    """Of both together, in CPU memory."""
+    """The log-sum-exp of both together, in CPU memory."""
     return torch.logaddexp(states[0].lse.cpu(), states[1].lse)
 
 

@@ -1,4 +1,4 @@
-"""What prefill needs of a layer's earlier keys and values, brought to the device within a budget.
+"""Brings a layer's earlier keys and values to the device for prefill, within a budget.
 
 The first tokens may stay on the device; the others come back from the host store tile by tile, through pinned memory
 and on a stream of their own, so that one tile is copied while attention works on the one before.

@@ -1,4 +1,4 @@
-"""What the keys that an index found say about attention over all of them.
+"""Estimates attention over all far keys from the few that an index found.
 
 An index selects; an estimator decides what the selected keys stand for: themselves ("topk"), a weighted sample of all
 keys ("lift"), or themselves beside an estimate of the rest ("tail").

@@ -32,11 +32,11 @@ class Far(NamedTuple):
         return self.keys.shape[1]
 
     def before(self, stop: int) -> "Far":
-        """Those before `stop`."""
+        """The tokens before the `stop`-th."""
         return Far(self.keys[:, :stop], self.values[:, :stop])
 
     def after(self, start: int) -> "Far":
-        """Those from `start` on."""
+        """The tokens from the `start`-th on."""
         return Far(self.keys[:, start:], self.values[:, start:])
 
 
@@ -60,7 +60,7 @@ def n_covered(n_far: int) -> int:
 
 
 class FarIndex:
-    """What steps search, and the summary of what they do not find there.
+    """Holds the index that steps search, and the summary of the keys that a search does not find.
 
     Steps search a snapshot of `n_covered` keys. The next batch is appended in the background as soon as it is far; it
     is in the snapshot when the batch after it is far, too. Without `submit` it is appended then and there.
@@ -162,7 +162,7 @@ class FarIndex:
             self._tail = tail
 
     def settle(self, far: Far) -> None:
-        """Wait for what is under way."""
+        """Wait for a build and an append that are under way, and take what they made."""
         if self._building is not None:
             self._take_build(self._building, far)
         self._take_append(far)

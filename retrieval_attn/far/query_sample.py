@@ -1,4 +1,4 @@
-"""Which prefill queries are kept to teach the index."""
+"""Samples the prefill queries that teach the index."""
 
 import copy
 

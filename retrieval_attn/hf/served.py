@@ -1,4 +1,4 @@
-"""Which models are served, and by which reason others are not."""
+"""Refuses models whose attention cannot be served, with the reason."""
 
 from typing import Any
 

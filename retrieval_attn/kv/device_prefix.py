@@ -1,4 +1,4 @@
-"""The first tokens of a layer on the device, beside the host store: what prefill need not bring back."""
+"""Keeps the first tokens of a layer on the device, too, so that prefill need not bring them back from the host."""
 
 from collections.abc import Iterator
 

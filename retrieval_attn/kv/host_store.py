@@ -168,7 +168,7 @@ class HostStore:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values."""
+        """Bytes of one token's key and value, over all heads."""
         per_token = self._keys.tensor[:, 0].numel() + self._values.tensor[:, 0].numel()
         return per_token * self._keys.tensor.element_size()
 
@@ -227,7 +227,7 @@ class HostStore:
 
 
 def _nobody() -> None:
-    """Nobody wants to know."""
+    """Stands in for a listener where there is none."""
 
 
 def _start_transfer(start: int, keys: Tensor, values: Tensor) -> _Transfer:

@@ -1,4 +1,4 @@
-"""What stays near: the first `n_sink` and the last `n_local` tokens, on the device."""
+"""The near window keeps the first `n_sink` and the last `n_local` tokens on the device."""
 
 import copy
 from collections.abc import Callable

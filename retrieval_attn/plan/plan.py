@@ -1,4 +1,4 @@
-"""What a prompt will take, said before it is taken: bytes in CPU memory and on the device, phase by phase."""
+"""Plans the memory of a prompt before it is taken: bytes in CPU memory and on the device, phase by phase."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the manifest of a session says, and whether it fits the model at hand."""
+"""Describes a session in a manifest, and checks that a manifest fits the model at hand."""
 
 import hashlib
 import json
