@@ -173,7 +173,7 @@ def _tiled(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bo
         end = t + block.shape[2] if causal else keys.shape[2]
         tiles = (slice(s, min(s + TILE, end)) for s in range(0, end, TILE))
         rows.append(merge(*(_attend_tile(block, keys, values, tile, t if causal else None) for tile in tiles)))
-    return torch.cat([row.out for row in rows], dim=2), torch.cat([row.lse for row in rows], dim=2)
+    return AttentionState.beside(rows, 2)
 
 
 def _attend_tile(block: Tensor, keys: Tensor, values: Tensor, tile: slice, diagonal: int | None) -> AttentionState:

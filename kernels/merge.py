@@ -1,12 +1,14 @@
 """Attention over a subset of the keys, and how two subsets become one.
 
 Softmax attention over disjoint sets of keys can be combined exactly from each set's output and the logarithm of its
-softmax denominator (Rabe and Staats 2021, arXiv 2112.05682). Only this file reads an `lse` again once it is made.
+softmax denominator (Rabe and Staats 2021, arXiv 2112.05682). Once an `lse` is made only this file computes with it:
+others join states by `merge` and `AttentionState.beside`, and ask for shares of the mass.
 """
 
 import functools
 import importlib.util
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,13 @@ class AttentionState(NamedTuple):
     def to(self, device: torch.device | str) -> "AttentionState":
         return AttentionState(self.out.to(device), self.lse.to(device))
 
+    def share_of(self, whole: "AttentionState") -> Tensor:
+        """The share of the mass of `whole` that these keys hold, (B, H, T) float32 on this state's device.
+
+        whole: over all keys of this state and others. No keys hold a share of 0; rounding may take it just above 1.
+        """
+        return torch.exp(self.lse - whole.lse.to(self.lse.device)).masked_fill(self.lse == -torch.inf, 0)
+
     @classmethod
     def empty(
         cls, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -35,6 +44,11 @@ class AttentionState(NamedTuple):
         """The state of no keys at all, the identity of `merge`. shape: that of `out`, (B, H, T, D)."""
         lse = torch.full(shape[:-1], -torch.inf, dtype=torch.float32, device=device)
         return cls(torch.zeros(shape, dtype=dtype, device=device), lse)
+
+    @classmethod
+    def beside(cls, states: Sequence["AttentionState"], dim: int) -> "AttentionState":
+        """Of other sequences (dim 0), heads (1) or queries (2), one behind the other."""
+        return cls(torch.cat([state.out for state in states], dim), torch.cat([state.lse for state in states], dim))
 
 
 def merge(first: AttentionState, *others: AttentionState) -> AttentionState:
@@ -97,6 +111,24 @@ def attend(scores: Tensor, values: Tensor) -> AttentionState:
     total = weights.sum(-1, keepdim=True)
     # A row that attends has total >= 1. Dividing last is exact to the last bits; exp(scores - lse) would round by lse.
     return AttentionState(weights @ values / total.clamp_min(1), (top + total.log())[..., 0])
+
+
+def share_of_scores(scores: Tensor, whole: AttentionState) -> Tensor:
+    """The share of the mass of `whole` (1, H, T) that keys of these scaled scores (H, T, K) hold: (H, T)."""
+    return torch.exp(scores.logsumexp(-1) - whole.lse[0])
+
+
+def shares_read(scores: Tensor, anyway: Sequence[AttentionState], rest: AttentionState) -> Tensor:
+    """The share of all mass that is read with the first 1, 2, ... K of some keys: (H, T, K) float64, in CPU memory.
+
+    scores: (H, T, K), scaled, of these keys. anyway: states (1, H, T) of what is read in any case; rest: of what is
+    never read. All are disjoint.
+    """
+    parts = [state.lse[0].cpu().double() for state in anyway]
+    close = functools.reduce(torch.logaddexp, parts)
+    wide = scores.double()
+    total = torch.logaddexp(torch.logaddexp(wide.logsumexp(-1), close), rest.lse[0].double())
+    return torch.exp(torch.logaddexp(wide.logcumsumexp(-1), close[..., None]) - total[..., None])
 
 
 def _check(state: AttentionState) -> None:

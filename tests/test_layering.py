@@ -157,6 +157,16 @@ def test_what_each_folder_never_knows():
     assert {m for m in users_of("faiss") if not m.startswith("bench.")} == {"index.ivf"}
 
 
+def test_above_the_kernels_nobody_computes_with_an_lse():
+    """States are merged, put beside each other, and asked for shares; hf.layer copies rows of them."""
+    naming = {
+        module
+        for module, path in FILES.items()
+        if any(isinstance(node, ast.Attribute) and node.attr == "lse" for node in ast.walk(ast.parse(path.read_text())))
+    }
+    assert {m for m in naming if m.split(".")[0] not in ("kernels", "bench")} == {"hf.layer"}
+
+
 def test_no_clock_decides_what_is_read():
     """In the rooms that choose what is read, the time is only looked at to be told in the stats."""
     deciding = {m for m in FILES if m.split(".")[0] in ("index", "kernels", "kv", "far", "attention", "hf")}

@@ -107,9 +107,7 @@ def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, scale: float, rows
     states = [
         _attend_row(query[b : b + 1], keys[b : b + 1], values[b : b + 1], scale, lists) for b, lists in enumerate(rows)
     ]
-    if len(states) == 1:
-        return states[0]
-    return AttentionState(torch.cat([state.out for state in states]), torch.cat([state.lse for state in states]))
+    return states[0] if len(states) == 1 else AttentionState.beside(states, 0)
 
 
 def _attend_row(query: Tensor, keys: Tensor, values: Tensor, scale: float, lists: list[Listed]) -> AttentionState:

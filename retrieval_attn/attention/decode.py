@@ -125,7 +125,7 @@ def _with_far(
         lap.to("search")
         found = attend_found(on_host, memory, index, far.before(index.n_keys), hits, scale)
         state = merge(found.state, read)
-    state = AttentionState(store.unfolded(state.out).to(near.out.dtype), state.lse).to(query.device)
+    state = state._replace(out=store.unfolded(state.out).to(near.out.dtype)).to(query.device)
     lap.to("gather")
     out = merge(near, state)
     lap.to("merge")
@@ -150,13 +150,12 @@ def find_far(
         return _search(query, memory, index, k, clock)
     # What the last step needed is where this one begins.
     k = min(max(memory.reach or k, config.min_k), config.max_k, n_far)
-    close = anyway[1]._replace(lse=_lse_of(anyway))
     while True:
         hits = _search(query, memory, index, k, clock)
         n_found = np.sum(hits.ids >= 0, axis=-1)
         threshold = torch.from_numpy(worst_scores(hits, scale, n_found))
         rest = memory.tail().attend_rest(query, threshold, torch.from_numpy(n_found), scale)
-        kept, suffices = within_mass(hits, scale, rest, close, config.mass, config.min_k)
+        kept, suffices = within_mass(hits, scale, rest, anyway, config.mass, config.min_k)
         if suffices or k >= min(config.max_k, n_far):
             most = int(np.sum(kept.ids >= 0, axis=-1).max())
             memory.reach = max(config.min_k, most + most // 4)
@@ -171,11 +170,6 @@ def _search(query: Tensor, memory: LayerMemory, index: Index, k: int, clock: Ste
     clock.visited += float(np.mean(hits.visited))
     clock.far += index.n_keys
     return hits
-
-
-def _lse_of(states: Pair) -> Tensor:
-    """The log-sum-exp of both together, in CPU memory."""
-    return torch.logaddexp(states[0].lse.cpu(), states[1].lse)
 
 
 def attend_found(
@@ -205,7 +199,7 @@ def _note(clock: StepClock, memory: LayerMemory, found: FarState | None, n_newes
     clock.recovered += 1
     if found is not None:
         clock.used += float(np.mean(found.n_used))
-        missing = (1 - found.recovered) * torch.exp(found.state.lse.cpu() - out.lse.cpu())[0]
+        missing = (1 - found.recovered) * found.state.share_of(out)[0]
         clock.recovered -= float(missing.mean())
 
 
@@ -214,10 +208,10 @@ def _verify(
 ) -> None:
     """Compute the step exactly, and add to the clock how far from it the output is; the output stays as it is."""
     index, far, hits, anyway = searched.index, searched.far, searched.hits, searched.anyway
-    near, (keys, values) = anyway[0], far.before(index.n_keys)
+    near, (keys, values) = anyway[0].to("cpu"), far.before(index.n_keys)
     whole = attend_near(query, far.keys[None], far.values[None], scale)
-    whole = AttentionState(memory.store.unfolded(whole.out), whole.lse)
-    exact = merge(AttentionState(near.out.float(), near.lse).to("cpu"), whole)
+    whole = whole._replace(out=memory.store.unfolded(whole.out))
+    exact = merge(near._replace(out=near.out.float()), whole)
     error = float((out.out.float().cpu() - exact.out).norm() / exact.out.norm().clamp_min(LEAST_NORM))
     clock.checks += 1
     clock.error += error
@@ -227,7 +221,7 @@ def _verify(
     ids = hits.ids[..., :-1] if sampled and hits.ids.shape[-1] < keys.shape[1] else hits.ids
     share_group = memory.config.share_group and not sampled
     read = attend_far(query, keys, values, ids, scale, share_group=share_group)
-    clock.mass += float(torch.exp(torch.logaddexp(read.lse, _lse_of(anyway)) - exact.lse).mean())
+    clock.mass += sum(float(state.share_of(exact).mean()) for state in (read, near, anyway[1]))
     oracle = build_index("exact", keys, seed=lift.seed if lift else 0, lift=lift.scale if lift else None)
     # A mass budget asks for as many as it kept; otherwise a head that found fewer has missed the others.
     n_wanted = np.sum(hits.ids >= 0, axis=-1) if memory.config.mass else np.full(ids.shape[:-1], hits.ids.shape[-1])

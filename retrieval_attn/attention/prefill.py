@@ -4,7 +4,6 @@ import functools
 import logging
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from retrieval_attn.attention.layer_memory import LayerMemory
@@ -74,8 +73,7 @@ def _attend_sparsely(
         else:
             state = attend_patterns(query[:, asking], *whole, scale, plan.patterns[asking])
         states.append(state)
-    outs, lses = zip(*states, strict=True)
-    return AttentionState(torch.cat(outs, dim=1), torch.cat(lses, dim=1)), choices
+    return AttentionState.beside(states, 1), choices
 
 
 def _note(

@@ -4,6 +4,7 @@ An index selects; an estimator decides what the selected keys stand for: themsel
 keys ("lift"), or themselves beside an estimate of the rest ("tail").
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from retrieval_attn.arrays import Array
 from retrieval_attn.index import SearchResult
 from retrieval_attn.index.lift import Lift
 from retrieval_attn.kernels import AttentionState, TailSummary, attend_far, merge
+from retrieval_attn.kernels.merge import share_of_scores, shares_read
 
 # Two ways of summing an inner product differ by less than this part of the largest score: a threshold is lowered by it,
 # so that the key that sets it is not left out.
@@ -62,7 +64,8 @@ def estimate_attention(
     threshold = worst_scores(hits, scale, n_found)
     found = attend_far(query, keys, values, hits.ids, scale, share_group=share_group, threshold=threshold)
     rest = tail.attend_rest(query, torch.from_numpy(threshold), torch.from_numpy(n_found), scale)
-    return FarState(merge(found, rest), n_found, torch.sigmoid(found.lse - rest.lse)[0])
+    whole = merge(found, rest)
+    return FarState(whole, n_found, found.share_of(whole)[0])
 
 
 def worst_scores(hits: SearchResult, scale: float, n_found: Array) -> Array:
@@ -84,22 +87,26 @@ def _sampled(query: Tensor, keys: Tensor, values: Tensor, hits: SearchResult, sc
     bonus = lift.bonuses(keys.shape[1])
     group = np.arange(ids.shape[0])[:, None, None] // R
     scores = np.where(ids >= 0, (hits.scores[..., : ids.shape[-1]] - bonus[group, ids]) * scale, -np.inf)
-    read = torch.from_numpy(np.logaddexp.reduce(scores, axis=-1))
-    return FarState(found, np.sum(ids >= 0, axis=-1), torch.exp(read - found.lse[0]).clamp_max(1))
+    # The sample's estimate of the whole may be smaller than what it holds.
+    recovered = share_of_scores(torch.from_numpy(scores), found).clamp_max(1)
+    return FarState(found, np.sum(ids >= 0, axis=-1), recovered)
 
 
 def within_mass(
-    hits: SearchResult, scale: float, rest: AttentionState, near: AttentionState, mass: float, least: int
+    hits: SearchResult,
+    scale: float,
+    rest: AttentionState,
+    anyway: Sequence[AttentionState],
+    mass: float,
+    least: int,
 ) -> tuple[SearchResult, bool]:
-    """The fewest best hits of each head that, with the near window, recover `mass` of all attention; at least `least`.
+    """The fewest best hits of each head, but at least `least`, that recover `mass` of all attention.
 
-    rest: the estimated tail below the hits. Returns the hits, the others replaced by -1, and whether they suffice.
+    rest: the estimated tail below the hits. anyway: what is read beside them. Returns the hits, the others replaced by
+    -1, and whether they suffice.
     """
-    scores = torch.from_numpy(np.where(hits.ids >= 0, hits.scores * scale, -np.inf)).double()
-    close = near.lse[0].cpu().double()
-    total = torch.logaddexp(torch.logaddexp(scores.logsumexp(-1), close), rest.lse[0].double())
-    read = torch.logaddexp(scores.logcumsumexp(-1), close[..., None])
-    enough = (read - total[..., None]).exp() >= mass
+    scores = torch.from_numpy(np.where(hits.ids >= 0, hits.scores * scale, -np.inf))
+    enough = shares_read(scores, anyway, rest) >= mass
     n_kept = torch.where(enough.any(-1), enough.int().argmax(-1) + 1, scores.shape[-1]).clamp_min(least)
     dropped = np.arange(scores.shape[-1]) >= n_kept.numpy()[..., None]
     kept = hits._replace(ids=np.where(dropped, -1, hits.ids), scores=np.where(dropped, -np.inf, hits.scores))

@@ -123,7 +123,7 @@ class TestWithinMass:
 
     def kept(self, scores, mass, near=-np.inf, rest=-np.inf, least=1):
         state = lambda lse: AttentionState(torch.zeros(1, 1, 1, 4), torch.full((1, 1, 1), float(lse)))  # noqa: E731
-        kept, enough = within_mass(self.hits(scores), 1.0, state(rest), state(near), mass, least)
+        kept, enough = within_mass(self.hits(scores), 1.0, state(rest), (state(-np.inf), state(near)), mass, least)
         assert (np.isfinite(kept.scores) == (kept.ids >= 0)).all()
         return int(np.sum(kept.ids >= 0)), enough
 

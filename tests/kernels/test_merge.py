@@ -8,6 +8,7 @@ from laws import examples
 from states import GAPS, SHAPE, assert_same, state, wide
 
 from retrieval_attn.kernels import AttentionState, merge, reference
+from retrieval_attn.kernels.merge import attend, share_of_scores, shares_read
 
 lses = st.one_of(st.floats(-300, 300, width=32), st.sampled_from([-math.inf, 1e4, -1e4]))
 
@@ -91,6 +92,53 @@ def test_halves_of_attention_make_the_whole():
     thirds = (slice(0, 30), slice(30, 31), slice(31, 90))
     parts = [reference.attend_near(q, k[:, :, s], v[:, :, s], 0.7) for s in thirds]
     assert_same(merge(*parts), reference.attend_near(q, k, v, 0.7))
+
+
+def some_scores(n, scale=5.0):
+    return scale * torch.randn((4, 3, n), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
+def over(scores):
+    """The state of keys with these scores (H, T, n)."""
+    return attend(scores[None].float(), torch.ones(1, 4, scores.shape[-1], 8))
+
+
+def test_shares_of_the_mass_are_sums_of_the_softmax():
+    scores = some_scores(90)
+    softmax = scores.softmax(-1)
+    parts = (slice(0, 30), slice(30, 31), slice(31, 90))
+    whole = merge(*(over(scores[..., part]) for part in parts))
+    for part in parts:
+        held = softmax[..., part].sum(-1)
+        torch.testing.assert_close(over(scores[..., part]).share_of(whole)[0].double(), held, atol=1e-5, rtol=0)
+        torch.testing.assert_close(share_of_scores(scores[..., part], whole).double(), held, atol=1e-5, rtol=0)
+
+
+def test_no_keys_hold_nothing_and_a_share_that_is_nan_is_not_hidden():
+    none, some = AttentionState.empty(SHAPE), state(250.0)
+    assert (none.share_of(none) == 0).all()
+    assert (none.share_of(some) == 0).all()
+    assert (some.share_of(some) == 1).all()
+    assert some.share_of(state(math.nan)).isnan().all()
+
+
+def test_shares_read_count_what_is_read_anyway_and_the_rest():
+    scores = some_scores(40)
+    softmax = scores.softmax(-1)
+    hits, window, newest, rest = scores.split([10, 5, 5, 20], dim=-1)
+    shares = shares_read(hits, [over(window), over(newest)], over(rest))
+    wanted = softmax[..., :10].cumsum(-1) + softmax[..., 10:20].sum(-1, keepdim=True)
+    torch.testing.assert_close(shares, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_beside_is_one_behind_the_other(dim):
+    a, b = state(1.0, 1), state(2.0, 2)
+    both = AttentionState.beside([a, b], dim)
+    n = SHAPE[dim]
+    assert torch.equal(both.out.narrow(dim, 0, n), a.out)
+    assert torch.equal(both.out.narrow(dim, n, n), b.out)
+    assert torch.equal(both.lse, torch.cat([a.lse, b.lse], dim))
 
 
 @pytest.mark.parametrize(
