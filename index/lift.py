@@ -27,7 +27,7 @@ class Lift:
         self.scale = float(scale)
         self.seed = int(seed)
         # Longer than the keys, so that keys appended one by one do not draw them all again.
-        self._drawn = np.empty((n_heads, 0), np.float32)
+        self._drawn: Array = np.empty((n_heads, 0), np.float32)
 
     def bonuses(self, n_keys: int) -> Array:
         """Bonuses (G, n) float32 with n >= n_keys, C-contiguous; column i belongs to key i. Safe from many threads."""

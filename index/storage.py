@@ -98,7 +98,10 @@ def _checked_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _keys(path: Path, header: dict[str, Any], stored: Array | None, given: Any) -> Keys:
-    lift = Lift(*header["lift"], n_heads=header["shape"][0]) if header["lift"] else None
+    lift = None
+    if header["lift"]:
+        scale, seed = header["lift"]
+        lift = Lift(scale, seed, header["shape"][0])
     if given is None:
         if stored is None:
             raise ValueError(f"{path} was saved without its keys; pass them: load_index(path, keys=...)")

@@ -185,7 +185,7 @@ def _attend_rest(
 
 
 @jit()
-def _dot(a: Array, b: Array) -> float:
+def _dot(a: Array, b: Array) -> np.float32:
     """Over as many elements as both have."""
     total = np.float32(0)
     for d in range(min(len(a), len(b))):

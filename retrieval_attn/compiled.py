@@ -14,7 +14,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import event
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import overload
 
 from retrieval_attn.code_cache import CodeCache, place
 
@@ -24,8 +25,13 @@ log = logging.getLogger("retrieval_attn")
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
 
+def intrinsic(define: Callable[..., Any]) -> Any:
+    """`numba.extending.intrinsic`: instructions of our own, called without the context that `define` is given first."""
+    return numba_intrinsic(define)
+
+
 @intrinsic
-def _bfloat16_to_float32(typingctx, bits):  # type: ignore[no-untyped-def]
+def _bfloat16_to_float32(typingctx: Any, bits: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(wide, ir.FloatType())
@@ -34,7 +40,7 @@ def _bfloat16_to_float32(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _float16_to_float32(typingctx, bits):  # type: ignore[no-untyped-def]
+def _float16_to_float32(typingctx: Any, bits: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
@@ -50,9 +56,9 @@ def as_float(x: Any) -> float:
 @overload(as_float, inline="always")
 def _as_float(x):  # type: ignore[no-untyped-def]
     if x == types.uint16:
-        return lambda x: _bfloat16_to_float32(x)  # type: ignore[call-arg]
+        return lambda x: _bfloat16_to_float32(x)
     if x == types.int16:
-        return lambda x: _float16_to_float32(x)  # type: ignore[call-arg]
+        return lambda x: _float16_to_float32(x)
     return lambda x: np.float32(x)
 
 

@@ -118,7 +118,7 @@ def fill(beam: Array, keys: Array, scores: Array) -> int:
 
 
 @jit()
-def dot_key(values: Array, row: int, query: Array, dim: int) -> float:
+def dot_key(values: Array, row: int, query: Array, dim: int) -> np.float32:
     key = values[row : row + dim]
     total = np.float32(0)
     for d in range(dim):
@@ -182,7 +182,7 @@ def best_leaves(cells: Cells, head: int, query: Array, n_keys: int) -> Array:
 
 
 @jit()
-def dot_row(row: Array, query: Array) -> float:
+def dot_row(row: Array, query: Array) -> np.float32:
     total = np.float32(0)
     for d in range(len(query)):
         total += np.float32(row[d]) * query[d]

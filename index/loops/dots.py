@@ -9,14 +9,13 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import as_float, jit
+from retrieval_attn.compiled import as_float, intrinsic, jit
 
 
 @jit()
-def dot(flat: Array, row: int, query: Array) -> float:
+def dot(flat: Array, row: int, query: Array) -> np.float32:
     """<key at `row`, query>, summed in float32."""
     key = flat[row : row + len(query)]
     # From zero, not from element 0: a loop over a round number of elements leaves no remainder to do one by one.
@@ -27,7 +26,7 @@ def dot(flat: Array, row: int, query: Array) -> float:
 
 
 @jit()
-def squared_distance(flat: Array, row: int, point: Array) -> float:
+def squared_distance(flat: Array, row: int, point: Array) -> np.float32:
     """|key at `row` - point|^2, summed in float32."""
     key = flat[row : row + len(point)]
     total = np.float32(0)

@@ -11,7 +11,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from retrieval_attn.compiled import intrinsic
 
 LANES = 16
 TILE = 4

@@ -13,7 +13,7 @@ _LOW = 0xFFFFFFFF
 
 
 @jit(inline="always")
-def as_entry(bits: int, key: int) -> int:
+def as_entry(bits: int, key: int) -> np.int64:
     """One number from the bits of a float32 score and a key."""
     # Negative numbers are ordered by falling magnitude; both zeros are one.
     order = np.int64(bits) if bits >= 0 else -np.int64(bits & 0x7FFFFFFF)
@@ -32,7 +32,7 @@ def order_of(entry: int) -> int:
 
 
 @jit(inline="always")
-def bits_at(order: int) -> int:
+def bits_at(order: int) -> np.int32:
     """The bits of the float32 at this place."""
     return np.int32(order if order >= 0 else -order - 0x80000000)
 

@@ -37,7 +37,18 @@ def settings(D: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 @triton.jit
-def _merge(a_out, a_lse, b_out, b_lse, out, lse, n_rows, D, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+def _merge(
+    a_out: tl.tensor,
+    a_lse: tl.tensor,
+    b_out: tl.tensor,
+    b_lse: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    n_rows: tl.tensor,
+    D: tl.tensor,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
     """All (n_rows, D) and (n_rows,), contiguous."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)

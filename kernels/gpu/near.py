@@ -58,11 +58,12 @@ def settings(D: int, dtype: torch.dtype, masked: bool) -> tuple[dict[str, int | 
 
 @triton.jit
 def _attend(
-    query, keys, values, mask, out, lse,
-    query_b, query_h, query_t, keys_b, keys_g, keys_w, values_b, values_g, values_w, mask_b, mask_h, mask_t, mask_w,
-    scale, G, n_rows, T, W,
+    query: tl.tensor, keys: tl.tensor, values: tl.tensor, mask: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    query_b: tl.tensor, query_h: tl.tensor, query_t: tl.tensor, keys_b: tl.tensor, keys_g: tl.tensor, keys_w: tl.tensor,
+    values_b: tl.tensor, values_g: tl.tensor, values_w: tl.tensor, mask_b: tl.tensor, mask_h: tl.tensor,
+    mask_t: tl.tensor, mask_w: tl.tensor, scale: tl.tensor, G: tl.tensor, n_rows: tl.tensor, T: tl.tensor, W: tl.tensor,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """query (B, H, T, D), keys, values (B, G, W, D), mask (B, H, T, W), by strides; out and lse contiguous."""
     b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

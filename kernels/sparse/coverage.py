@@ -90,16 +90,14 @@ def stack_heads(parts: list[tuple[list[int], SparseIndex]], n_heads: int) -> Spa
     """One index of `n_heads` heads from those of some of them, (which heads, their index); the others read nothing."""
     first = parts[0][1]
     shape = (1, n_heads, first.n_blocks.shape[2])
-    whole = SparseIndex(
-        first.blocks.new_full((*shape, max(part.blocks.shape[3] for _, part in parts)), NOWHERE),
-        first.n_blocks.new_zeros(shape),
-        first.columns.new_full((*shape, max(part.columns.shape[3] for _, part in parts)), NOWHERE),
-        first.n_columns.new_zeros(shape), first.rows, first.width,
-    )  # fmt: skip
+    blocks = first.blocks.new_full((*shape, max(part.blocks.shape[3] for _, part in parts)), NOWHERE)
+    columns = first.columns.new_full((*shape, max(part.columns.shape[3] for _, part in parts)), NOWHERE)
+    n_blocks, n_columns = first.n_blocks.new_zeros(shape), first.n_columns.new_zeros(shape)
     for heads, part in parts:
-        for into, x in zip(whole[:4], part[:4], strict=True):
-            into[(slice(None), heads, slice(None), *([slice(x.shape[3])] if x.ndim == 4 else []))] = x
-    return whole
+        blocks[:, heads, :, : part.blocks.shape[3]] = part.blocks
+        columns[:, heads, :, : part.columns.shape[3]] = part.columns
+        n_blocks[:, heads], n_columns[:, heads] = part.n_blocks, part.n_columns
+    return SparseIndex(blocks, n_blocks, columns, n_columns, first.rows, first.width)
 
 
 def _relative_blocks(diagonals: Tensor, layout: Layout) -> Tensor:

@@ -131,7 +131,7 @@ def _unordered(x: Array) -> Tensor:
 
 
 @jit(inline="always")
-def _ordered(bits: int) -> int:
+def _ordered(bits: np.int16) -> np.int16:
     return np.int16(bits ^ np.int16((bits >> np.int16(15)) & np.int16(0x7FFF)))
 
 

@@ -60,12 +60,13 @@ LARGE_TILES = TILES | {(2, 128): _Tile(128, 64, 8, 3), (2, 256): _Tile(128, 32, 
 
 @triton.jit(do_not_specialize=["T", "S", "N", "A", "C"])
 def _attend(
-    query, keys, values, out, lse, blocks, n_blocks, columns, n_columns,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    scale, H, R, T, S, N, A, C,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    query: tl.tensor, keys: tl.tensor, values: tl.tensor, out: tl.tensor, lse: tl.tensor, blocks: tl.tensor,
+    n_blocks: tl.tensor, columns: tl.tensor, n_columns: tl.tensor, query_batch: tl.tensor, query_head: tl.tensor,
+    query_row: tl.tensor, key_batch: tl.tensor, key_head: tl.tensor, key_row: tl.tensor, value_batch: tl.tensor,
+    value_head: tl.tensor, value_row: tl.tensor, scale: tl.tensor, H: tl.tensor, R: tl.tensor, T: tl.tensor,
+    S: tl.tensor, N: tl.tensor, A: tl.tensor, C: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
     """One program: BLOCK_M queries of one head. scale: with log2(e) in it, so that scores are in base 2."""
     # The last queries have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -132,7 +133,7 @@ def _attend(
 
 
 @triton.jit
-def _whole_blocks(blocks, n, last):
+def _whole_blocks(blocks: tl.tensor, n: tl.tensor, last: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """The range of the n listed blocks that start at 0 to `last`, if they stand together; otherwise an empty one."""
     low = n
     high = 0
@@ -150,12 +151,13 @@ def _whole_blocks(blocks, n, last):
 
 @triton.jit
 def _fold(
-    left, right, top, total, q, keys, values, key_row, value_row, found, positions, stop, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    left: tl.tensor, right: tl.tensor, top: tl.tensor, total: tl.tensor, q: tl.tensor, keys: tl.tensor,
+    values: tl.tensor, key_row: tl.tensor, value_row: tl.tensor, found: tl.tensor, positions: tl.tensor,
+    stop: tl.tensor, scale: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """The running softmax with the keys at `found` in it. WHOLE: they all exist and all queries see them."""
     HALF: tl.constexpr = BLOCK_D // 2
-    exists = None if WHOLE else (found >= 0) & (found < stop)
+    exists: tl.tensor = None if WHOLE else (found >= 0) & (found < stop)
     k = _load_rows(keys, found, key_row, exists, D, BLOCK_D)
     v_left = _load_rows(values, found, value_row, exists, HALF, HALF)
     v_right = _load_rows(values + HALF, found, value_row, exists, D - HALF, HALF)
@@ -174,7 +176,14 @@ def _fold(
 
 
 @triton.jit
-def _load_rows(x, found, stride, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_rows(
+    x: tl.tensor,
+    found: tl.tensor,
+    stride: tl.tensor,
+    exists: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
     """The first D numbers of the rows `found` of x, zero past D and where not `exists` (None: all do); BLOCK_D wide."""
     dims = tl.arange(0, BLOCK_D)
     at = x + found.to(tl.int64)[:, None] * stride + dims[None, :]
@@ -186,7 +195,15 @@ def _load_rows(x, found, stride, exists, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def _store_rows(x, rows, data, exists, stride: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store_rows(
+    x: tl.tensor,
+    rows: tl.tensor,
+    data: tl.tensor,
+    exists: tl.tensor,
+    stride: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
     dims = tl.arange(0, BLOCK_D)
     at = x + rows[:, None] * stride + dims[None, :]
     tl.store(at, data.to(x.dtype.element_ty), mask=exists[:, None] & (dims < D)[None, :])
