@@ -9,7 +9,7 @@ from torch import Tensor
 from retrieval_attn.kernels.dense import attend_dense
 from retrieval_attn.kernels.merge import AttentionState
 from retrieval_attn.kernels.sparse.attend import attend_sparse
-from retrieval_attn.kernels.sparse.choose import Choice, Workspace, choose
+from retrieval_attn.kernels.sparse.choose import HeadChoice, Workspace, choose
 from retrieval_attn.kernels.sparse.coverage import Layout, stack_heads
 from retrieval_attn.kernels.sparse.lists import SparseIndex, check_causal
 from retrieval_attn.kernels.sparse.near_best import Chooser, is_quick
@@ -54,7 +54,7 @@ def attend_patterns(
 
 def attend_adaptive(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, mass: float, kinds: Sequence[str] | None = None
-) -> tuple[AttentionState, list[Choice]]:
+) -> tuple[AttentionState, list[HeadChoice]]:
     """Causal attention of each query head by the cheapest pattern that keeps enough of the attention.
 
     Shapes, devices, dtypes and errors as of `attend_patterns`. mass: above 0 and below 1; the mass left out is at most
@@ -77,7 +77,7 @@ def attend_adaptive(
     # A CPU looks at one head of the group at a time, in memory that it has at hand.
     n_heads = 1 if on_cpu and n_groups == 1 else n_groups * R
     scratch = query.new_empty(n_heads * n_probes(T) * S, dtype=torch.float32) if on_cpu else None
-    choices: list[Choice] = []
+    choices: list[HeadChoice] = []
     rows = []
     for b in range(B):
         lists: list[Listed] = []

@@ -28,7 +28,7 @@ COLUMNS = (0, 16, 64, 256, 512, 1024, 2048, 4096)
 DENSE_FROM = 0.4
 
 
-class Choice(NamedTuple):
+class HeadChoice(NamedTuple):
     """How one head attends in one call: its pattern, the share of the visible keys that it reads ("dense": 1), and the
     root mean square over the probes of the mass that this leaves out."""
 
@@ -70,7 +70,7 @@ def choose(
     layout: Layout,
     kinds: Sequence[str],
     workspace: Workspace = NO_WORKSPACE,
-) -> tuple[list[Choice], list[tuple[list[int], SparseIndex]]]:
+) -> tuple[list[HeadChoice], list[tuple[list[int], SparseIndex]]]:
     """The cheapest of `kinds` within the budget for each head, and the lists of those heads that are not dense.
 
     query: (h, T, D); keys: (g, S, D). mass: 1 minus the mass that may be left out, as a root mean square over probes.
@@ -104,7 +104,7 @@ def choose(
     return choices, parts
 
 
-def _decide(offers: dict[str, Offer], seen: Seen, layout: Layout) -> list[Choice]:
+def _decide(offers: dict[str, Offer], seen: Seen, layout: Layout) -> list[HeadChoice]:
     """The cheapest offer of each head; dense, if that is too dear."""
     always = N_FIRST + (N_NEAR + 0.5) * layout.width
     cost, best = torch.stack([offer.cost for offer in offers.values()]).min(0)
@@ -113,7 +113,7 @@ def _decide(offers: dict[str, Offer], seen: Seen, layout: Layout) -> list[Choice
     for i, n_keys, left in zip(best.tolist(), cost.tolist(), missing.tolist(), strict=True):
         share = (n_keys + always) / seen.visible
         read = share - CHOOSING if kinds[i] == "near_best" else share
-        choices.append(Choice(kinds[i], read, left) if share < DENSE_FROM else Choice("dense", 1.0, 0.0))
+        choices.append(HeadChoice(kinds[i], read, left) if share < DENSE_FROM else HeadChoice("dense", 1.0, 0.0))
     return choices
 
 

@@ -10,7 +10,7 @@ from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.prefill_policy import ChunkPlan, PrefillCounts, PrefillPolicy
 from retrieval_attn.attention.to_device import earlier, whole_heads
 from retrieval_attn.kernels import AttentionState, attend_adaptive, attend_dense, attend_patterns, merge
-from retrieval_attn.kernels.sparse.choose import Choice
+from retrieval_attn.kernels.sparse.choose import HeadChoice
 from retrieval_attn.kv.device_prefix import DevicePrefix
 
 log = logging.getLogger("retrieval_attn")
@@ -54,7 +54,7 @@ def _attend_exactly(query: Tensor, keys: Tensor, values: Tensor, memory: LayerMe
 
 def _attend_sparsely(
     query: Tensor, keys: Tensor, values: Tensor, memory: LayerMemory, scale: float, plan: ChunkPlan, mass: float
-) -> tuple[AttentionState, list[Choice]]:
+) -> tuple[AttentionState, list[HeadChoice]]:
     """Attention of the newest tokens, which are in `memory` already, and what the heads that choose have chosen.
 
     As many KV heads at a time as the device has room for: a pattern may name any key.
@@ -62,7 +62,7 @@ def _attend_sparsely(
     G = keys.shape[1]
     R = query.shape[1] // G
     states: list[AttentionState] = []
-    choices: list[Choice] = []
+    choices: list[HeadChoice] = []
     for first in range(0, G, plan.n_heads):
         heads = slice(first, min(first + plan.n_heads, G))
         asking = slice(heads.start * R, heads.stop * R)
@@ -77,7 +77,7 @@ def _attend_sparsely(
 
 
 def _note(
-    plan: ChunkPlan, choices: Sequence[Choice], query: Tensor, memory: LayerMemory, counts: PrefillCounts
+    plan: ChunkPlan, choices: Sequence[HeadChoice], query: Tensor, memory: LayerMemory, counts: PrefillCounts
 ) -> None:
     """Count the chunk that was read, and remember whether asking its heads was of use."""
     n_heads, n_new = query.shape[1:3]

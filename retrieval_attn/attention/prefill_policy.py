@@ -11,7 +11,7 @@ from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.to_device import heads_at_once, tokens_on_device
 from retrieval_attn.config import DENSE_BELOW, FEWEST_SPARSE, RetrievalConfig
 from retrieval_attn.kernels import HeadPattern
-from retrieval_attn.kernels.sparse.choose import Choice
+from retrieval_attn.kernels.sparse.choose import HeadChoice
 from retrieval_attn.kernels.sparse.lists import why_not_sparse
 from retrieval_attn.kernels.sparse.patterns import DEFAULT_SIZES
 
@@ -89,7 +89,7 @@ class PrefillCounts:
         self.kinds["dense"] += n_heads
         self._add(n_new, length, [1.0] * n_heads)
 
-    def add_chosen(self, choices: Sequence[Choice], n_new: int, length: int) -> None:
+    def add_chosen(self, choices: Sequence[HeadChoice], n_new: int, length: int) -> None:
         """Count a chunk whose heads have chosen their patterns."""
         self.kinds.update(choice.kind for choice in choices)
         self._add(n_new, length, [choice.density for choice in choices])
