@@ -167,12 +167,14 @@ class CodeCache(NullCache):
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep what numba compiled, if it may be kept and can be."""
         where = place()
-        # Addresses of this process mean nothing to another; and sources edited since are not what was compiled.
-        if where is None or data.library.has_dynamic_globals or digest() != DIGEST:
+        # Addresses of this process mean nothing to another.
+        if where is None or data.library.has_dynamic_globals:
             return
         code = serialize.dumps(data._reduce())
         try:
-            write_whole(self._file(where, sig, data.codegen), _hash(code).encode() + b"\n" + code)
+            # Sources that were edited since are not what was compiled.
+            if digest() == DIGEST:
+                write_whole(self._file(where, sig, data.codegen), _hash(code).encode() + b"\n" + code)
         except OSError as error:
             _warn_once(f"compiled code cannot be kept: {error}")
 

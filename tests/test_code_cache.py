@@ -72,6 +72,12 @@ def test_sources_edited_meanwhile_are_not_what_was_compiled(base, monkeypatch):
     assert files(base) == []
 
 
+def test_sources_that_are_gone_break_no_call(base, monkeypatch):
+    monkeypatch.setattr(code_cache, "sources", lambda: [Path(NOWHERE)])
+    assert function()(2) == 4
+    assert files(base) == []
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:100] + b"?" + b[101:], lambda b: b""])
 def test_damaged_code_is_compiled_anew(base, damage, caplog):
     function()(2)
