@@ -258,7 +258,7 @@ def test_weights_are_counted_as_they_are_held(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-c", "8x"], "--context must list token counts"),
+        (["-c", "8x"], "--context must be tokens such as 8k"),
         (["-m", "/nowhere/at/all"], "no model at '/nowhere/at/all'"),
         (["--weights", "int3"], "weights must be one of"),
         (["--dtype", "int8"], "dtype must be one of"),
