@@ -15,12 +15,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton decides when it is imported whether kernels, its own library's among them, are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# What most tests need of compiled code: as many shares of it as `make test` has processes.
+SHARES = (("graph",), ("exact", "scan", "page"))
+DTYPES = (np.float32, np.uint16, np.int8)
 
 LEFT_OUT = "left to `make test-long`"
 
@@ -41,6 +46,18 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("long" if config.getoption("--long") else "short")
+
+
+def pytest_sessionstart(session):
+    """Compile for each other before any test begins; two processes at one kind's tests would both compile the same."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None:
+        return
+    from retrieval_attn.index import prepare
+
+    for share in SHARES[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
+        for kind, dtype in itertools.product(share, DTYPES):
+            prepare(kind, np.dtype(dtype))
 
 
 def pytest_collection_modifyitems(config, items):
