@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from retrieval_attn.generate import Sampler, Sampling
+from retrieval_attn.config import Sampling
+from retrieval_attn.generate import Sampler
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ class Scenario(NamedTuple):
     """padding: of each row, on the left. room: tokens reserved for. few: rows that forks copy rather than share."""
 
     model: str
-    options: dict[str, object]
+    options: dict[str, Any]
     on_disk: bool
     room: int
     few: int

@@ -28,7 +28,10 @@ def rotate(x, positions, base=500_000.0):
 def attention_like(n_heads=4, n_kv=2, n_keys=4096, n_queries=256, n_later=32, dim=64, seed=0):
     """A document of Zipf words under drifting topics, seen by heads that each look for something else."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+
+    def normal(*shape: int) -> np.ndarray:
+        return np.asarray(rng.standard_normal(shape, dtype=np.float32))
+
     rank = max(dim // 4, 4)
     n_all = n_keys + n_later
     n_words = 1500

@@ -1,5 +1,7 @@
 """Attention that is peaked, in every shape and dtype that kernels are tested in, and how exact an output must be."""
 
+from typing import Any
+
 import torch
 
 from retrieval_attn.kernels import reference
@@ -34,7 +36,7 @@ def in_own_dtype(query, keys, values, scale, mask=None):
 
 def assert_as_exact_as_its_dtype(state, *inputs):
     """The rule of the house: at most twice the error of plain code in the same dtype, both against float64."""
-    tensors = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+    tensors: list[Any] = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     true = reference.attend_near(*tensors)
     plain_out, plain_lse = in_own_dtype(*inputs)
     assert state.out.dtype == inputs[0].dtype

@@ -1,5 +1,7 @@
 """Tiny random models whose attention is peaked, so that a wrong key changes the output."""
 
+from typing import Any
+
 import torch
 from transformers import (
     Gemma3ForCausalLM,
@@ -31,7 +33,7 @@ COMMON = {
     "eos_token_id": None,
 }
 
-MODELS = {
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),

@@ -108,8 +108,8 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack)
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    return int(found[0]), int(found[1])
 
 
 def _result(build: Build) -> tuple[int, int, int] | str:

@@ -33,7 +33,7 @@ def test_heads_of_a_group_lie_side_by_side():
 
 
 def test_is_sdpa_in_float64():
-    query, keys, values = torch.randn(1, 4, 30, 16).double(), *torch.randn(2, 1, 2, 30, 16).double()
+    query, (keys, values) = torch.randn(1, 4, 30, 16).double(), torch.randn(2, 1, 2, 30, 16).double()
     for causal in (False, True):
         sdpa = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=causal, enable_gqa=True)
         torch.testing.assert_close(reference.attend_dense(query, keys, values, 0.25, causal).out, sdpa)

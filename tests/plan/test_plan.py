@@ -114,7 +114,7 @@ def test_terms_are_what_a_model_holds(kind):
 
 
 def _sample_bytes(sample: QuerySample) -> int:
-    return sample._spread.nbytes + sample._recent.nbytes
+    return sum(x.nbytes for x in (sample._spread, sample._recent) if x is not None)
 
 
 def test_int8_halves_keys_and_values_but_not_the_window():

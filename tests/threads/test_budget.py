@@ -8,7 +8,7 @@ import pytest
 from retrieval_attn.threads import budget
 from retrieval_attn.threads.pool import set_threads
 
-ALL = numba.config.NUMBA_NUM_THREADS
+ALL = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from triton_compile import Build, assert_fits, compile_case, some_of
 from retrieval_attn.kernels import AttentionState, near
 from retrieval_attn.kernels.gpu import near as gpu_near
 from retrieval_attn.kernels.gpu.near import settings
+from retrieval_attn.kernels.sparse.lists import HEAD_DIMS
 
 
 def attend_near(*inputs):
@@ -32,7 +33,7 @@ def test_lengths(dtype, W, masked):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", near.HEAD_DIMS)
+@pytest.mark.parametrize("D", HEAD_DIMS)
 def test_head_dimensions(dtype, D):
     inputs = peaky(G=1, D=D, S=150, dtype=dtype)
     assert_as_exact_as_its_dtype(attend_near(*inputs), *inputs)
@@ -102,7 +103,7 @@ def test_says_once_what_has_no_kernel(monkeypatch, caplog):
     near._has_kernel.cache_clear()
     device = torch.device("cuda")
     with caplog.at_level(logging.WARNING, "retrieval_attn"):
-        for dtype, D in itertools.product(NAMES, near.HEAD_DIMS):
+        for dtype, D in itertools.product(NAMES, HEAD_DIMS):
             assert near._has_kernel(device, (dtype,) * 3, (D, D))
         assert not caplog.records
         for _ in range(2):
@@ -136,7 +137,7 @@ def build(D, dtype, cc, masked):
     return Build(kernel, cc, tuple(types.items()), tuple(constants.items()), tuple(options.items()))
 
 
-CASES = some_of(near.HEAD_DIMS, tuple(NAMES), (80, 89, 90), (False, True))
+CASES = some_of(HEAD_DIMS, tuple(NAMES), (80, 89, 90), (False, True))
 
 
 @pytest.mark.parametrize(("D", "dtype", "cc", "masked"), CASES)

@@ -12,8 +12,6 @@ from retrieval_attn.kernels.sparse import by_head, near_best
 from retrieval_attn.kernels.sparse.choose import choose
 from retrieval_attn.kernels.sparse.coverage import Layout
 from retrieval_attn.kernels.sparse.near_best import (
-    N_FIRST,
-    N_NEAR,
     ROUNDING,
     Chooser,
     count_near_best,
@@ -21,6 +19,7 @@ from retrieval_attn.kernels.sparse.near_best import (
     list_near_best,
     multiplies_bfloat16,
 )
+from retrieval_attn.kernels.sparse.probes import N_FIRST, N_NEAR
 
 
 def scores_of(query, keys, scale, layout):
