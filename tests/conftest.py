@@ -24,7 +24,7 @@ import torch
 from hypothesis import settings
 
 # What most tests need of compiled code: as many shares of it as `make test` has processes.
-SHARES = (("graph",), ("exact", "scan", "page"))
+SHARES = (("graph", "page"), ("exact", "scan"))
 DTYPES = (np.float32, np.uint16, np.int8)
 
 LEFT_OUT = "left to `make test-long`"
