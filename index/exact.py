@@ -4,9 +4,8 @@ Each key is loaded once for all queries of its group. Compute is sixteen sums pe
 runs at about the speed of memory.
 """
 
-import threading
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numba
 import numpy as np
@@ -14,11 +13,11 @@ import numpy as np
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
 from retrieval_attn.index import storage
-from retrieval_attn.index.keys import Keys
-from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.keys import FlatKeys, HeadKeys, Keys, of_head
 from retrieval_attn.index.loops.dots import dot, dots_4x1, dots_4x4
 from retrieval_attn.index.loops.topk import best_first, offer, offer_run
-from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
+from retrieval_attn.index.over_keys import OverKeys
+from retrieval_attn.index.protocol import Batch, SearchResult, Steps, check_effort, check_search
 
 # Keys scored before their scores are sorted in: 128 rows of bfloat16 at D = 128 stay in the first-level cache.
 BLOCK = 128
@@ -27,70 +26,56 @@ BLOCK = 128
 MIN_CHUNK = 1024
 
 
-class ExactIndex:
+class State(NamedTuple):
+    """Nothing but the keys."""
+
+    keys: Keys
+
+
+class ExactIndex(OverKeys[State]):
     """All keys, every time. Nothing to build; obeys the protocol of `Index`."""
 
     kind = "exact"
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
-        self._lock = threading.Lock()
-
     @classmethod
-    def build(cls, keys: Keys, queries: Array | None, seed: int, steps: Steps) -> "ExactIndex":
+    def build(cls, keys: Keys, queries: Array | None, seed: int, steps: Steps) -> Self:
         steps.reached(1.0)
-        return cls(keys)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self._keys.shape
-
-    @property
-    def n_keys(self) -> int:
-        return self.shape[1]
-
-    @property
-    def lift(self) -> Lift | None:
-        return self._keys.lift
+        return cls(State(keys))
 
     @property
     def nbytes(self) -> int:
-        return self._keys.bonus.nbytes
+        return self._state.keys.bonus.nbytes
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; `effort` and `seeds` change nothing."""
-        keys = self._keys
+        keys = self._state.keys
         batch = check_search(q, k, keys)
         check_effort(effort, 1)
-        ids, scores = scan(keys, batch.queries, k, 0, keys.shape[1])
-        return batch.result(ids, scores, np.full(ids.shape[:2], keys.shape[1], np.int64))
+        return scan_all(keys, batch)
 
-    def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`."""
-        with self._lock:
-            self._keys = self._keys.grown(new_keys, keys)
+    def _grow(self, keys: Keys) -> None:
+        self._state = State(keys)
 
-    def truncate(self, n_keys: int) -> None:
-        """See `Index.truncate`."""
-        with self._lock:
-            check_truncate(n_keys, self.n_keys)
-            self._keys = self._keys.first(n_keys)
+    def _shrink(self, keys: Keys) -> None:
+        self._state = State(keys)
 
-    def fork(self, keys: Any = None) -> "ExactIndex":
-        """See `Index.fork`."""
-        return ExactIndex(self._keys.moved(keys))
-
-    def snapshot(self) -> "ExactIndex":
-        """See `Index.snapshot`."""
-        return self.fork()
+    def _forked(self, state: State, keys: Keys) -> Self:
+        return type(self)(State(keys))
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
-        storage.write(path, self.kind, {}, {}, self._keys, with_keys)
+        storage.write(path, self.kind, {}, {}, self._state.keys, with_keys)
 
     @classmethod
-    def restore(cls, saved: storage.Saved) -> "ExactIndex":
-        return cls(saved.keys)
+    def restore(cls, saved: storage.Saved) -> Self:
+        return cls(State(saved.keys))
+
+
+def scan_all(keys: Keys, batch: Batch) -> SearchResult:
+    """What a search finds that reads every key."""
+    n_keys = keys.shape[1]
+    ids, scores = scan(keys, batch.queries, batch.k, 0, n_keys)
+    return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
 
 
 def scan(keys: Keys, queries: Array, k: int, start: int, stop: int) -> tuple[Array, Array]:
@@ -107,15 +92,14 @@ def scan(keys: Keys, queries: Array, k: int, start: int, stop: int) -> tuple[Arr
     n_chunks = max(1, min(-(-4 * numba.get_num_threads() // n_heads), n_keys // MIN_CHUNK))
     ids = np.empty((n_heads, n_queries, n_best), np.int32)
     scores = np.empty((n_heads, n_queries, n_best), np.float32)
-    scan_parallel(*keys.flat, keys.bonus, queries, start, stop, n_chunks, ids, scores)
+    scan_parallel(keys.flat, queries, start, stop, n_chunks, ids, scores)
     return ids, scores
 
 
 @jit(parallel=True)
 def scan_parallel(
-    values: Array, stride_g: int, stride_s: int, bonus: Array, queries: Array, start: int, stop: int, n_chunks: int,
-    ids: Array, scores: Array,
-) -> None:  # fmt: skip
+    keys: FlatKeys, queries: Array, start: int, stop: int, n_chunks: int, ids: Array, scores: Array
+) -> None:
     n_heads, n_queries, _ = queries.shape
     size = (stop - start + n_chunks - 1) // n_chunks
     n_part = min(ids.shape[2], size)
@@ -126,10 +110,8 @@ def scan_parallel(
         head, chunk = task // n_chunks, task % n_chunks
         first = start + chunk * size
         last = min(first + size, stop)
-        sizes[head, chunk] = scan_chunk(
-            values, head * stride_g, stride_s, bonus[head], queries[head], first, last,
-            part_ids[head, chunk], part_scores[head, chunk],
-        )  # fmt: skip
+        found = part_ids[head, chunk], part_scores[head, chunk]
+        sizes[head, chunk] = scan_chunk(of_head(keys, head), queries[head], first, last, found[0], found[1])
     for task in numba.prange(n_heads * n_queries):
         head, query = task // n_queries, task % n_queries
         n = 0
@@ -141,14 +123,9 @@ def scan_parallel(
 
 
 @jit()
-def scan_chunk(
-    values: Array, base: int, stride: int, bonus: Array, queries: Array, first: int, last: int, ids: Array,
-    scores: Array,
-) -> int:  # fmt: skip
-    """Heaps of the best among keys first..last, one per query. Returns how many each holds.
-
-    bonus: what to add to the score of each key; empty for nothing.
-    """
+def scan_chunk(keys: HeadKeys, queries: Array, first: int, last: int, ids: Array, scores: Array) -> int:
+    """Heaps of the best among keys first..last, one per query. Returns how many each holds."""
+    values, base, stride, bonus = keys
     n_queries = len(queries)
     tile = np.empty((4, BLOCK), np.float32)
     sizes = np.zeros(n_queries, np.int64)

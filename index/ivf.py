@@ -5,10 +5,9 @@ their common mean. Returned scores are recomputed on the stored keys. faiss keep
 """
 
 import functools
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import faiss
 import numba
@@ -17,17 +16,16 @@ import numpy as np
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
 from retrieval_attn.index import storage
-from retrieval_attn.index.exact import scan
-from retrieval_attn.index.keys import Keys
-from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.exact import scan, scan_all
+from retrieval_attn.index.keys import FlatKeys, Keys, of_head
 from retrieval_attn.index.loops.dots import dot
 from retrieval_attn.index.loops.topk import best_first, offer
+from retrieval_attn.index.over_keys import OverKeys
 from retrieval_attn.index.protocol import (
     SearchResult,
     Steps,
     check_effort,
     check_search,
-    check_truncate,
     lifted_queries,
 )
 
@@ -83,10 +81,9 @@ class Lists(NamedTuple):
         scores = np.empty((len(queries), k), np.float32)
         ids = np.empty((len(queries), k), np.int64)
         # faiss's Python method takes no parameters here, and its nprobe setter would be seen by other threads.
-        self.index.search_preassigned_c(
-            len(queries), faiss.swig_ptr(queries), k, *map(faiss.swig_ptr, (nearest, coarse, scores, ids)),
-            False, faiss.SearchParametersIVF(nprobe=nprobe),  # type: ignore[call-arg]
-        )  # fmt: skip
+        given, found = (faiss.swig_ptr(queries), k), map(faiss.swig_ptr, (nearest, coarse, scores, ids))
+        parameters: Any = faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
+        self.index.search_preassigned_c(len(queries), *given, *found, False, parameters)
         return ids, self.sizes[nearest].sum(axis=1)
 
 
@@ -120,15 +117,14 @@ class State(NamedTuple):
     n_seen: int
 
 
-class IVFIndex:
+class IVFIndex(OverKeys[State]):
     """One faiss IndexIVFFlat (inner product) per KV head. Effort is the number of lists probed."""
 
     kind = "ivf"
 
     def __init__(self, state: State, clustering: Clustering) -> None:
-        self._state = state
+        super().__init__(state)
         self._clustering = clustering
-        self._lock = threading.Lock()
 
     @classmethod
     def build(
@@ -139,7 +135,7 @@ class IVFIndex:
         steps: Steps,
         nlist: int | None = None,
         train_iterations: int = 10,
-    ) -> "IVFIndex":
+    ) -> Self:
         """Cluster the keys of each head. `queries` are not used.
 
         nlist: clusters per head; None: 4 sqrt(S), at most one per 39 keys (what faiss asks for training).
@@ -153,28 +149,12 @@ class IVFIndex:
         return cls(cluster(keys, clustering, steps), clustering)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self._state.keys.shape
-
-    @property
-    def n_keys(self) -> int:
-        return self.shape[1]
-
-    @property
-    def lift(self) -> Lift | None:
-        return self._state.keys.lift
-
-    @property
     def nbytes(self) -> int:
         """float32 keys and int64 ids in the lists, centroids, means."""
         keys, lists, mean, _ = self._state
         dim = mean.shape[1]
         in_lists = sum(x.index.ntotal * (4 * dim + 8) + x.centroids.nbytes for x in lists)
         return int(in_lists + mean.nbytes + keys.bonus.nbytes)
-
-    @property
-    def _n_seen(self) -> int:
-        return self._state.n_seen
 
     def search(self, q: Any, k: int = 100, *, effort: int | None = None, seeds: Any = None) -> SearchResult:
         """See `Index.search`; effort: lists probed per head, by default one in four; `seeds` change nothing."""
@@ -184,8 +164,7 @@ class IVFIndex:
         n_listed, nlist = lists[0].index.ntotal, len(lists[0].sizes)
         nprobe = min(check_effort(effort, max(1, nlist // 4)), nlist)
         if k >= n_keys:
-            ids, scores = scan(keys, batch.queries, k, 0, n_keys)
-            return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
+            return scan_all(keys, batch)
         n_found = min(k, n_listed)
         asked = lifted_queries(batch.queries, keys)
         found = probe_heads(lists, asked, n_found, nprobe)
@@ -194,37 +173,27 @@ class IVFIndex:
         ids, scores = rescore(keys, batch.queries, candidates, k)
         return batch.result(ids, scores, np.stack([visited for _, visited in found]) + (n_keys - n_listed))
 
-    def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`. When there are half as many again, all are clustered anew, in this call."""
-        with self._lock:
-            old, lists, mean, _ = self._state
-            grown = old.grown(new_keys, keys)
-            n_keys, n_listed = grown.shape[1], lists[0].index.ntotal
-            if n_keys >= max(RECLUSTER * self._n_seen, MIN_TAIL):
-                self._state = cluster(grown, self._clustering, Steps())
-                return
-            if n_keys - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
-                lists = tuple(x.extended(grown.lifted(head)[n_listed:] - mean[head]) for head, x in enumerate(lists))
-            self._state = State(grown, lists, mean, self._n_seen)
+    def _grow(self, keys: Keys) -> None:
+        """When there are half as many keys again, all are clustered anew, at once."""
+        _, lists, mean, n_seen = self._state
+        n_keys, n_listed = keys.shape[1], lists[0].index.ntotal
+        if n_keys >= max(RECLUSTER * n_seen, MIN_TAIL):
+            self._state = cluster(keys, self._clustering, Steps())
+            return
+        if n_keys - n_listed > max(MIN_TAIL, TAIL_SHARE * n_listed):
+            lists = tuple(x.extended(keys.lifted(head)[n_listed:] - mean[head]) for head, x in enumerate(lists))
+        self._state = State(keys, lists, mean, n_seen)
 
-    def truncate(self, n_keys: int) -> None:
-        """See `Index.truncate`."""
-        with self._lock:
-            check_truncate(n_keys, self.n_keys)
-            keys, lists, mean, _ = self._state
-            if n_keys < lists[0].index.ntotal:
-                lists = tuple(x.shortened(n_keys) for x in lists)
-            # What is left of the keys that the centroids were made from: others may follow.
-            self._state = State(keys.first(n_keys), lists, mean, min(self._n_seen, n_keys))
+    def _shrink(self, keys: Keys) -> None:
+        _, lists, mean, n_seen = self._state
+        n_keys = keys.shape[1]
+        if n_keys < lists[0].index.ntotal:
+            lists = tuple(x.shortened(n_keys) for x in lists)
+        # What is left of the keys that the centroids were made from: others may follow.
+        self._state = State(keys, lists, mean, min(n_seen, n_keys))
 
-    def fork(self, keys: Any = None) -> "IVFIndex":
-        """See `Index.fork`."""
-        state = self._state
-        return IVFIndex(state._replace(keys=state.keys.moved(keys)), self._clustering)
-
-    def snapshot(self) -> "IVFIndex":
-        """See `Index.snapshot`."""
-        return self.fork()
+    def _forked(self, state: State, keys: Keys) -> Self:
+        return type(self)(state._replace(keys=keys), self._clustering)
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
@@ -234,7 +203,7 @@ class IVFIndex:
         storage.write(path, self.kind, settings, {**arrays, "mean": mean}, keys, with_keys)
 
     @classmethod
-    def restore(cls, saved: storage.Saved) -> "IVFIndex":
+    def restore(cls, saved: storage.Saved) -> Self:
         n_heads = saved.keys.shape[0]
         lists = tuple(Lists.of(faiss.deserialize_index(saved.arrays[f"lists.{head}"])) for head in range(n_heads))
         settings = dict(saved.settings)
@@ -278,22 +247,20 @@ def rescore(keys: Keys, queries: Array, candidates: Array, k: int) -> tuple[Arra
     n_heads, n_queries, _ = candidates.shape
     ids = np.full((n_heads, n_queries, k), -1, np.int32)
     scores = np.full((n_heads, n_queries, k), -np.inf, np.float32)
-    _rescore(*keys.flat, keys.bonus, queries, candidates, ids, scores)
+    _rescore(keys.flat, queries, candidates, ids, scores)
     return ids, scores
 
 
 @jit()
-def _rescore(
-    values: Array, stride_g: int, stride_s: int, bonus: Array, queries: Array, candidates: Array, ids: Array,
-    scores: Array,
-) -> None:  # fmt: skip
+def _rescore(keys: FlatKeys, queries: Array, candidates: Array, ids: Array, scores: Array) -> None:
     for head in range(candidates.shape[0]):
+        values, start, stride, bonus = of_head(keys, head)
         for query in range(candidates.shape[1]):
             n = 0
             for key in candidates[head, query]:
                 if key >= 0:
-                    score = dot(values, head * stride_g + key * stride_s, queries[head, query])
-                    if bonus.shape[1]:
-                        score += bonus[head, key]
+                    score = dot(values, start + key * stride, queries[head, query])
+                    if len(bonus):
+                        score += bonus[key]
                     n = offer(scores[head, query], ids[head, query], n, score, key)
             best_first(scores[head, query], ids[head, query], n)

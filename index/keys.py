@@ -14,16 +14,35 @@ INT8 = np.dtype(np.int8)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16, "int8": INT8}
 
 
-class Flat(NamedTuple):
+class FlatKeys(NamedTuple):
     """Keys for compiled code: the row of key s of head g starts at values[g * stride_g + s * stride_s].
 
     values: one-dimensional, contiguous; float32, int8, uint16 (bfloat16 bits) or int16 (float16 bits). Strides in
-    elements.
+    elements. bonus: (G, n) float32, n >= S, or (G, 0), as in `Keys`.
     """
 
     values: Array
     stride_g: int
     stride_s: int
+    bonus: Array
+
+
+class HeadKeys(NamedTuple):
+    """The keys of one head for compiled code: the row of key s starts at values[start + s * stride].
+
+    bonus: (n,) float32, what to add to the score of each key; empty for nothing.
+    """
+
+    values: Array
+    start: int
+    stride: int
+    bonus: Array
+
+
+@jit(inline="always")
+def of_head(keys: FlatKeys, head: int) -> HeadKeys:
+    """The keys of one head, inside compiled code."""
+    return HeadKeys(keys.values, head * keys.stride_g, keys.stride_s, keys.bonus[head])
 
 
 class Keys:
@@ -36,9 +55,9 @@ class Keys:
 
     def __init__(self, array: Array, buffer: Array | None = None, lift: Lift | None = None) -> None:
         self.array = array
-        self.flat = _flatten(array)
         self.lift = lift
         self.bonus = lift.bonuses(array.shape[1]) if lift else np.empty((len(array), 0), np.float32)
+        self.flat = _flatten(array, self.bonus)
         self._buffer = buffer
 
     @property
@@ -48,6 +67,11 @@ class Keys:
     @property
     def dtype_name(self) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype == self.array.dtype)
+
+    def of_head(self, head: int) -> HeadKeys:
+        """The keys of one head, for compiled code."""
+        values, stride_g, stride_s, bonus = self.flat
+        return HeadKeys(values, head * stride_g, stride_s, bonus[head])
 
     def float32(self, head: int) -> Array:
         """The keys of one head, (S, D) float32, C-contiguous."""
@@ -129,7 +153,7 @@ def check_keys(x: Any, name: str, *, dtype: Any = None, n_heads: int | None = No
         raise ValueError(f"{name} must be ({n_heads}, n, {dim}) (KV heads, keys, head dimension), got {array.shape}")
     if array.dtype == INT8:
         return array
-    flat = _flatten(array)
+    flat = _flatten(array, np.empty((len(array), 0), np.float32))
     for head in range(array.shape[0]):
         row = _first_not_finite(array, flat, head)
         if row >= 0:
@@ -170,16 +194,16 @@ def fingerprint(array: Array) -> str:
     return digest.hexdigest()
 
 
-def _flatten(array: Array) -> Flat:
+def _flatten(array: Array, bonus: Array) -> FlatKeys:
     stored = as_stored(array)
     n_heads, n_keys, dim = stored.shape
     stride_g, stride_s = (s // stored.itemsize for s in stored.strides[:2])
     extent = (n_heads - 1) * stride_g + (n_keys - 1) * stride_s + dim if n_keys else 0
     values = np.lib.stride_tricks.as_strided(stored, (extent,), (stored.itemsize,))
-    return Flat(values, stride_g, stride_s)
+    return FlatKeys(values, stride_g, stride_s, bonus)
 
 
-def _first_not_finite(stored: Array, flat: Flat, head: int) -> int:
+def _first_not_finite(stored: Array, flat: FlatKeys, head: int) -> int:
     """The first key of `head` that holds NaN or infinity; -1 if none does."""
     bits, exponent = {
         np.dtype(np.float32): (np.uint32, 0x7F800000),

@@ -13,6 +13,7 @@ import numpy as np
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
 from retrieval_attn.index.exact import scan_chunk
+from retrieval_attn.index.keys import HeadKeys
 from retrieval_attn.index.protocol import Steps
 
 CELL = 256
@@ -70,9 +71,16 @@ def grow_cells(keys: Array, points: Array, first_key: int, leaf_size: int, seed:
     units = np.maximum(np.abs(difference).max(axis=1), np.finfo(np.float32).tiny) / 127
     codes = np.rint(difference / units[:, None]).astype(np.int8)
     return Cells(
-        np.array([0, len(means)]), means, group_spreads(points, cells), first_leaves, codes, units.astype(np.float32),
-        group_spreads(points, leaves), leaves, (order + first_key).astype(np.int32),
-    )  # fmt: skip
+        first_cells=np.array([0, len(means)]),
+        centroids=means,
+        spreads=group_spreads(points, cells),
+        first_leaves=first_leaves,
+        codes=codes,
+        units=units.astype(np.float32),
+        leaf_spreads=group_spreads(points, leaves),
+        first_members=leaves,
+        members=(order + first_key).astype(np.int32),
+    )
 
 
 def joined(parts: list[Cells]) -> Cells:
@@ -91,10 +99,13 @@ def stacked(parts: list[Cells], first_cells: Array) -> Cells:
     def together(name: str) -> Array:
         return np.concatenate([getattr(part, name) for part in parts])
 
+    names = ("centroids", "spreads", "codes", "units", "leaf_spreads", "members")
     return Cells(
-        np.asarray(first_cells, np.int64), together("centroids"), together("spreads"), after("first_leaves"),
-        together("codes"), together("units"), together("leaf_spreads"), after("first_members"), together("members"),
-    )  # fmt: skip
+        first_cells=np.asarray(first_cells, np.int64),
+        first_leaves=after("first_leaves"),
+        first_members=after("first_members"),
+        **{name: together(name) for name in names},
+    )
 
 
 def part_of(cells: Cells, first: int, last: int) -> Cells:
@@ -102,11 +113,16 @@ def part_of(cells: Cells, first: int, last: int) -> Cells:
     leaves = slice(cells.first_leaves[first], cells.first_leaves[last])
     members = slice(cells.first_members[leaves.start], cells.first_members[leaves.stop])
     return Cells(
-        np.array([0, last - first]), cells.centroids[first:last], cells.spreads[first:last],
-        cells.first_leaves[first : last + 1] - leaves.start, cells.codes[leaves], cells.units[leaves],
-        cells.leaf_spreads[leaves], cells.first_members[leaves.start : leaves.stop + 1] - members.start,
-        cells.members[members],
-    )  # fmt: skip
+        first_cells=np.array([0, last - first]),
+        centroids=cells.centroids[first:last],
+        spreads=cells.spreads[first:last],
+        first_leaves=cells.first_leaves[first : last + 1] - leaves.start,
+        codes=cells.codes[leaves],
+        units=cells.units[leaves],
+        leaf_spreads=cells.leaf_spreads[leaves],
+        first_members=cells.first_members[leaves.start : leaves.stop + 1] - members.start,
+        members=cells.members[members],
+    )
 
 
 def head_of(cells: Cells, head: int) -> Cells:
@@ -132,10 +148,16 @@ def without(cells: Cells, n_keys: int) -> Cells:
     filled = np.diff(first_leaves) > 0
     n_cells = np.concatenate([[0], np.cumsum(filled)])
     return Cells(
-        n_cells[cells.first_cells], cells.centroids[filled], cells.spreads[filled],
-        np.append(first_leaves[:-1][filled], n_leaves[-1]), cells.codes[leaves], cells.units[leaves],
-        cells.leaf_spreads[leaves], np.append(first_members[:-1][leaves], n_before[-1]), cells.members[kept],
-    )  # fmt: skip
+        first_cells=n_cells[cells.first_cells],
+        centroids=cells.centroids[filled],
+        spreads=cells.spreads[filled],
+        first_leaves=np.append(first_leaves[:-1][filled], n_leaves[-1]),
+        codes=cells.codes[leaves],
+        units=cells.units[leaves],
+        leaf_spreads=cells.leaf_spreads[leaves],
+        first_members=np.append(first_members[:-1][leaves], n_before[-1]),
+        members=cells.members[kept],
+    )
 
 
 def k_means(points: Array, n: int, rng: np.random.Generator, steps: Steps, iterations: int = 4) -> Array:
@@ -212,7 +234,7 @@ def cluster(points: Array, n: int, labels: Array) -> None:
     for iteration in range(6):
         for c in range(n):
             minus_half[c] = -0.5 * np.sum(centroids[c] * centroids[c])
-        scan_chunk(centroids.reshape(-1), 0, dim, minus_half, points, 0, n, ids, scores)
+        scan_chunk(HeadKeys(centroids.reshape(-1), 0, dim, minus_half), points, 0, n, ids, scores)
         if iteration == 5:
             break
         counts[:] = 0

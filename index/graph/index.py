@@ -1,40 +1,38 @@
 """The attention-aware graph index: per KV head, a tree and links over its keys, shaped by what its queries ask.
 
-    metric    what the sampled queries of all heads of the group can tell apart                      graph_metric.py
-    cells     a tree of two levels over the keys: where a search begins                              graph_cells.py
-    links     from each key to keys that the same queries want: where it goes on                     graph_links.py
-    search    the keys of the most promising leaves, then best-first along the links                 graph_search.py
-    append    new keys get cells of their own, and links                                             graph_append.py
+    metric    what the sampled queries of all heads of the group can tell apart                      graph/metric.py
+    cells     a tree of two levels over the keys: where a search begins                              graph/cells.py
+    links     from each key to keys that the same queries want: where it goes on                     graph/links.py
+    search    the keys of the most promising leaves, then best-first along the links                 graph/search.py
+    append    new keys get cells of their own, and links                                             graph/append.py
 
 After RetrievalAttention (arXiv 2409.10516) and RoarGraph (arXiv 2408.08933), which link keys that stand together among
 the exact nearest keys of a sampled query. Here the queries say how near keys are, and near keys are linked. As many
 links find more that way, on real and on synthetic vectors, and no sampled query has to be compared with every key.
 """
 
-import threading
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from retrieval_attn.arrays import Array, as_array
 from retrieval_attn.compiled import jit
 from retrieval_attn.index import storage
-from retrieval_attn.index.exact import scan
+from retrieval_attn.index.exact import scan, scan_all
 from retrieval_attn.index.graph.append import add_cells, links_below, with_room
 from retrieval_attn.index.graph.cells import Cells, grow_cells, joined, without
 from retrieval_attn.index.graph.links import link_cells
 from retrieval_attn.index.graph.metric import Metric, fit_metric
-from retrieval_attn.index.graph.search import N_FIRST, search_graphs
+from retrieval_attn.index.graph.search import N_FIRST, Graphs, search_graphs
 from retrieval_attn.index.keys import Keys
-from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.over_keys import OverKeys
 from retrieval_attn.index.protocol import (
     Batch,
     SearchResult,
     Steps,
     check_effort,
     check_search,
-    check_truncate,
     lifted_queries,
 )
 
@@ -48,19 +46,18 @@ class State(NamedTuple):
     n_linked: int  # keys after these are scanned
 
 
-class GraphIndex:
+class GraphIndex(OverKeys[State]):
     """Best-first search over linked keys; the newest keys are scanned. Effort is the width of the beam."""
 
     kind = "graph"
 
     def __init__(self, state: State, metrics: list[Metric], leaf: int, tail: int, owner: bool = True) -> None:
         """owner: whether nobody else writes into the links, so that this index may."""
-        self._state = state
+        super().__init__(state)
         self._owner = owner
         self._metrics = metrics
         self._leaf = leaf
         self._tail = tail
-        self._lock = threading.Lock()
 
     @classmethod
     def build(
@@ -72,7 +69,7 @@ class GraphIndex:
         degree: int = 12,
         leaf: int = 2,
         tail: int = 2048,
-    ) -> "GraphIndex":
+    ) -> Self:
         """Build one graph per KV head from the queries of all its query heads.
 
         Without queries, the keys of each head, centred, stand in for them.
@@ -100,18 +97,6 @@ class GraphIndex:
         return cls(State(keys, joined(trees), links, n_keys), metrics, leaf, tail)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self._state.keys.shape
-
-    @property
-    def n_keys(self) -> int:
-        return self.shape[1]
-
-    @property
-    def lift(self) -> Lift | None:
-        return self._state.keys.lift
-
-    @property
     def nbytes(self) -> int:
         """Links (with room to grow), tree, metric and bonuses."""
         keys, cells, links, _ = self._state
@@ -127,8 +112,7 @@ class GraphIndex:
         n_keys = keys.shape[1]
         # A search that would read all linked keys anyway; so also when all keys are asked for.
         if effort * N_FIRST >= n_linked:
-            ids, scores = scan(keys, batch.queries, k, 0, n_keys)
-            return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
+            return scan_all(keys, batch)
         ids, scores, visited = self._search_linked(state, batch, effort, seeds)
         if n_keys > n_linked:
             tail_ids, tail_scores = scan(keys, batch.queries, k, n_linked, n_keys)
@@ -142,49 +126,35 @@ class GraphIndex:
         ids = np.empty((n_heads, n_queries, batch.k), np.int32)
         scores = np.empty((n_heads, n_queries, batch.k), np.float32)
         visited = np.empty((n_heads, n_queries), np.int64)
-        search_graphs(
-            *keys.flat, keys.bonus, n_linked, cells, links, as_seeds(seeds, batch),
-            lifted_queries(batch.queries, keys), effort, ids, scores, visited,
-        )  # fmt: skip
+        graphs, queries = Graphs(cells, links, n_linked), lifted_queries(batch.queries, keys)
+        search_graphs(keys.flat, graphs, as_seeds(seeds, batch), queries, effort, ids, scores, visited)
         return ids, scores, visited
 
-    def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`. New keys are scanned; when more than `tail` are, all of them are linked, in this call."""
-        with self._lock:
-            old, cells, links, n_linked = self._state
-            grown = old.grown(new_keys, keys)
-            n_keys = grown.shape[1]
-            if n_keys - n_linked <= max(self._tail, n_linked // 64):
-                self._state = State(grown, cells, links, n_linked)
-                return
-            links = with_room(links, self._owner, n_linked, n_keys)
-            # Should this be interrupted, the next append goes on from a copy without what was written.
-            self._owner = False
-            cells = add_cells(cells, grown, self._metrics, n_linked, links, self._leaf)
-            self._state = State(grown, cells, links, n_keys)
-            self._owner = True
+    def _grow(self, keys: Keys) -> None:
+        """New keys are scanned; when more than `tail` are, all of them are linked, at once."""
+        _, cells, links, n_linked = self._state
+        n_keys = keys.shape[1]
+        if n_keys - n_linked <= max(self._tail, n_linked // 64):
+            self._state = State(keys, cells, links, n_linked)
+            return
+        links = with_room(links, self._owner, n_linked, n_keys)
+        # Should this be interrupted, the next append goes on from a copy without what was written.
+        self._owner = False
+        cells = add_cells(cells, keys, self._metrics, n_linked, links, self._leaf)
+        self._state = State(keys, cells, links, n_keys)
+        self._owner = True
 
-    def truncate(self, n_keys: int) -> None:
-        """See `Index.truncate`."""
-        with self._lock:
-            check_truncate(n_keys, self.n_keys)
-            keys, cells, links, n_linked = self._state
-            if n_keys >= n_linked:
-                self._state = State(keys.first(n_keys), cells, links, n_linked)
-                return
-            kept = links_below(links, n_keys, n_keys)
-            self._state = State(keys.first(n_keys), without(cells, n_keys), kept, n_keys)
-            self._owner = True
+    def _shrink(self, keys: Keys) -> None:
+        _, cells, links, n_linked = self._state
+        n_keys = keys.shape[1]
+        if n_keys >= n_linked:
+            self._state = State(keys, cells, links, n_linked)
+            return
+        self._state = State(keys, without(cells, n_keys), links_below(links, n_keys, n_keys), n_keys)
+        self._owner = True
 
-    def fork(self, keys: Any = None) -> "GraphIndex":
-        """See `Index.fork`."""
-        state = self._state
-        forked = state._replace(keys=state.keys.moved(keys))
-        return GraphIndex(forked, self._metrics, self._leaf, self._tail, owner=False)
-
-    def snapshot(self) -> "GraphIndex":
-        """See `Index.snapshot`."""
-        return self.fork()
+    def _forked(self, state: State, keys: Keys) -> Self:
+        return type(self)(state._replace(keys=keys), self._metrics, self._leaf, self._tail, owner=False)
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
@@ -199,7 +169,7 @@ class GraphIndex:
             storage.write(path, self.kind, {"leaf": self._leaf, "tail": self._tail}, arrays, keys, with_keys)
 
     @classmethod
-    def restore(cls, saved: storage.Saved) -> "GraphIndex":
+    def restore(cls, saved: storage.Saved) -> Self:
         links = saved.arrays["links"]
         cells = Cells(*(saved.arrays[f"cells.{name}"] for name in Cells._fields))
         metrics = [

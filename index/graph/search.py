@@ -1,6 +1,6 @@
 """Search of the trees and links of all heads of a layer in one call."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import as_float, jit
 from retrieval_attn.index.graph.cells import Cells
+from retrieval_attn.index.keys import FlatKeys, HeadKeys, of_head
 from retrieval_attn.index.loops.dots import prefetch, shift_right
 from retrieval_attn.index.loops.largest import choose
 
@@ -25,53 +26,68 @@ OPTIMISM = 2.0
 AHEAD = 8
 
 
+class Graphs(NamedTuple):
+    """The graphs of all heads of a layer.
+
+    links: (G, capacity, M) int32, each list padded with -1 at its end. n_linked: keys after these are in no graph.
+    """
+
+    cells: Cells
+    links: Array
+    n_linked: int
+
+
 @jit(parallel=True)
 def search_graphs(
-    values: Array, stride_g: int, stride_s: int, bonus: Array, n_keys: int, cells: Cells, links: Array, starts: Array,
-    queries: Array, effort: int, ids: Array, scores: Array, visited: Array,
-) -> None:  # fmt: skip
-    """Search for each query among keys 0..n_keys; the queries of all heads are shared among the cores.
+    keys: FlatKeys,
+    graphs: Graphs,
+    seeds: Array,
+    queries: Array,
+    effort: int,
+    ids: Array,
+    scores: Array,
+    visited: Array,
+) -> None:
+    """Search for each query among the linked keys; the queries of all heads are shared among the cores.
 
-    links: (G, capacity, M). starts: (G, N, n) ids, those below 0 skipped. queries: (G, N, E).
+    seeds: (G, N, n) ids, those below 0 skipped. queries: (G, N, E).
     Writes ids, scores (G, N, k), best first, and visited (G, N).
     """
     n_heads, n_queries, _ = queries.shape
     for task in numba.prange(n_heads * n_queries):
         head, query = task // n_queries, task % n_queries
-        visited[head, query] = search_one(
-            values, head * stride_g, stride_s, bonus[head], n_keys, cells, head, links[head], starts[head, query],
-            queries[head, query], effort, ids[head, query], scores[head, query],
-        )  # fmt: skip
+        begin, asked, found = seeds[head, query], queries[head, query], (ids[head, query], scores[head, query])
+        visited[head, query] = search_one(of_head(keys, head), graphs, head, begin, asked, effort, found[0], found[1])
 
 
 @jit()
 def search_one(
-    values: Array, base: int, stride: int, bonus: Array, n_keys: int, cells: Cells, head: int, links: Array,
-    starts: Array, query: Array, effort: int, ids: Array, scores: Array,
-) -> int:  # fmt: skip
+    keys: HeadKeys, graphs: Graphs, head: int, seeds: Array, query: Array, effort: int, ids: Array, scores: Array
+) -> int:
     """Find the keys of largest score. Returns the number of keys scored.
 
-    First `starts` and the keys of the most promising leaves are read. The beam holds the best `effort` keys so far;
+    First `seeds` and the keys of the most promising leaves are read. The beam holds the best `effort` keys so far;
     the search ends when the links of all of them were followed.
     """
+    cells, links, n_keys = graphs.cells, graphs.links[head], graphs.n_linked
     # One bit per key: at 128K keys 16 KB, which stay in the first-level cache and cost nothing to clear.
     marks = np.zeros((n_keys + 63) >> 6, np.uint64)
     beam = np.empty(effort, np.uint64)
     leaves = best_leaves(cells, head, query, effort * N_FIRST)
-    todo = np.empty(max(count_members(cells, leaves) + len(starts), links.shape[1]), np.int64)
-    n_todo = add_news(starts, n_keys, marks, todo, 0)
+    todo = np.empty(max(count_members(cells, leaves) + len(seeds), links.shape[1]), np.int64)
+    n_todo = add_news(seeds, n_keys, marks, todo, 0)
     for leaf in leaves:
         members = cells.members[cells.first_members[leaf] : cells.first_members[leaf + 1]]
         n_todo = add_news(members, n_keys, marks, todo, n_todo)
     found = np.empty(len(todo), np.float32)
-    read_keys(values, base, stride, bonus, todo[:n_todo], query, found)
+    read_keys(keys, todo[:n_todo], query, found)
     n_beam = fill(beam, todo[:n_todo], found[:n_todo])
     n_visited, at = n_todo, 0
     while at < n_beam:
         beam[at] |= FOLLOWED
         n_todo = add_news(links[unpack_id(beam[at])], n_keys, marks, todo, 0)
         n_visited += n_todo
-        read_keys(values, base, stride, bonus, todo[:n_todo], query, found)
+        read_keys(keys, todo[:n_todo], query, found)
         for i in range(n_todo):
             entry = pack(found[i], todo[i])
             if n_beam < effort or entry < beam[n_beam - 1]:
@@ -90,19 +106,18 @@ def search_one(
 
 
 @jit()
-def read_keys(
-    values: Array, base: int, stride: int, bonus: Array, keys: Array, query: Array, scores: Array
-) -> None:  # fmt: skip
-    """scores[i] = score of keys[i]."""
+def read_keys(keys: HeadKeys, chosen: Array, query: Array, scores: Array) -> None:
+    """scores[i] = score of key chosen[i]."""
+    values, base, stride, bonus = keys
     dim = len(query) - (1 if len(bonus) else 0)
-    for i in range(min(AHEAD, len(keys))):
-        prefetch_key(values, base + keys[i] * stride, dim)
-    for i in range(len(keys)):
-        if i + AHEAD < len(keys):
-            prefetch_key(values, base + keys[i + AHEAD] * stride, dim)
-        scores[i] = dot_key(values, base + keys[i] * stride, query, dim)
+    for i in range(min(AHEAD, len(chosen))):
+        prefetch_key(values, base + chosen[i] * stride, dim)
+    for i in range(len(chosen)):
+        if i + AHEAD < len(chosen):
+            prefetch_key(values, base + chosen[i + AHEAD] * stride, dim)
+        scores[i] = dot_key(values, base + chosen[i] * stride, query, dim)
         if len(bonus):
-            scores[i] += bonus[keys[i]]
+            scores[i] += bonus[chosen[i]]
 
 
 @jit()

@@ -1,24 +1,23 @@
 """Contiguous pages of keys: their summaries are compared, the best pages are opened and searched exactly.
 
 The cheapest index to build and to extend, and it reads memory in order; this is the page-level retrieval of RetroLM
-and Quest, without a trained retriever. `page_summary.py` says what stands for a page, `page_search.py` compares.
+and Quest, without a trained retriever. summary.py says what stands for a page, search.py compares.
 """
 
-import threading
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numba
 import numpy as np
 
 from retrieval_attn.arrays import Array, as_stored
 from retrieval_attn.index import storage
-from retrieval_attn.index.exact import scan
+from retrieval_attn.index.exact import scan_all
 from retrieval_attn.index.keys import Keys
-from retrieval_attn.index.lift import Lift
+from retrieval_attn.index.over_keys import OverKeys
 from retrieval_attn.index.page.search import BLOCK, open_pages, score_pages
-from retrieval_attn.index.page.summary import SCORES, Pages, Scheme
-from retrieval_attn.index.protocol import Batch, SearchResult, Steps, check_effort, check_search, check_truncate
+from retrieval_attn.index.page.summary import SCORES, PageSummaries, Scheme
+from retrieval_attn.index.protocol import Batch, SearchResult, Steps, check_effort, check_search
 
 # Page scores held at a time, 16 MiB: more queries than that go one part after the other.
 MAX_SCORES = 1 << 22
@@ -32,17 +31,13 @@ class State(NamedTuple):
     """
 
     keys: Keys
-    pages: Pages
+    pages: PageSummaries
 
 
-class PageIndex:
+class PageIndex(OverKeys[State]):
     """Exact search inside the pages that score best. Effort is the number of pages opened per query."""
 
     kind = "page"
-
-    def __init__(self, keys: Keys, pages: Pages) -> None:
-        self._state = State(keys, pages)
-        self._lock = threading.Lock()
 
     @classmethod
     def build(
@@ -54,12 +49,12 @@ class PageIndex:
         page_size: int = 16,
         score: str = "halfway",
         n_reps: int = 2,
-    ) -> "PageIndex":
+    ) -> Self:
         """Summarise every full page once. `queries` and `seed` are not used.
 
         page_size: keys per page, from 8 to 1024.
         score: what a page is judged by: "mean", "minmax" (a bound), "halfway" between the two, or "reps"
-            (representative keys); see page_summary.py.
+            (representative keys); see summary.py.
         n_reps: representatives per page, at most a quarter of its keys; for "reps" only.
         """
         if not 8 <= page_size <= 1024:
@@ -68,19 +63,7 @@ class PageIndex:
             raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
         if not 1 <= n_reps <= page_size // 4:
             raise ValueError(f"n_reps must be between 1 and {page_size // 4} (a quarter of page_size), got {n_reps}")
-        return cls(keys, Pages.of(Scheme(page_size, score, n_reps), keys, steps))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self._state.keys.shape
-
-    @property
-    def n_keys(self) -> int:
-        return self.shape[1]
-
-    @property
-    def lift(self) -> Lift | None:
-        return self._state.keys.lift
+        return cls(State(keys, PageSummaries.of(Scheme(page_size, score, n_reps), keys, steps)))
 
     @property
     def nbytes(self) -> int:
@@ -98,32 +81,19 @@ class PageIndex:
         n_last = n_keys - pages.n_pages * page_size
         effort = max(check_effort(effort, default_effort(k, pages.n_pages)), -(-(k - n_last) // page_size))
         if effort >= pages.n_pages:
-            ids, scores = scan(keys, batch.queries, k, 0, n_keys)
-            return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
+            return scan_all(keys, batch)
         return search_pages(keys, pages, batch, effort)
 
-    def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`. A page is summarised when it is full."""
-        with self._lock:
-            old, pages = self._state
-            grown = old.grown(new_keys, keys)
-            self._state = State(grown, pages.extended(grown))
+    def _grow(self, keys: Keys) -> None:
+        """A page is summarised when it is full."""
+        self._state = State(keys, self._state.pages.extended(keys))
 
-    def truncate(self, n_keys: int) -> None:
-        """See `Index.truncate`."""
-        with self._lock:
-            check_truncate(n_keys, self.n_keys)
-            keys, pages = self._state
-            self._state = State(keys.first(n_keys), pages.first(n_keys // pages.scheme.page_size))
+    def _shrink(self, keys: Keys) -> None:
+        pages = self._state.pages
+        self._state = State(keys, pages.first(keys.shape[1] // pages.scheme.page_size))
 
-    def fork(self, keys: Any = None) -> "PageIndex":
-        """See `Index.fork`."""
-        old, pages = self._state
-        return PageIndex(old.moved(keys), pages._replace(owner=False))
-
-    def snapshot(self) -> "PageIndex":
-        """See `Index.snapshot`."""
-        return self.fork()
+    def _forked(self, state: State, keys: Keys) -> Self:
+        return type(self)(State(keys, state.pages._replace(owner=False)))
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
@@ -133,10 +103,10 @@ class PageIndex:
         storage.write(path, self.kind, pages.scheme._asdict(), arrays, keys, with_keys)
 
     @classmethod
-    def restore(cls, saved: storage.Saved) -> "PageIndex":
-        scheme, rows = Scheme(**saved.settings), saved.arrays.get("rows")
-        pages = Pages.of(scheme, saved.keys, Steps()) if rows is None else Pages.around(scheme, rows, saved.keys)
-        return cls(saved.keys, pages)
+    def restore(cls, saved: storage.Saved) -> Self:
+        scheme, rows, keys = Scheme(**saved.settings), saved.arrays.get("rows"), saved.keys
+        pages = PageSummaries.of(scheme, keys, Steps()) if rows is None else PageSummaries.around(scheme, rows, keys)
+        return cls(State(keys, pages))
 
 
 def default_effort(k: int, n_pages: int) -> int:
@@ -148,7 +118,7 @@ def default_effort(k: int, n_pages: int) -> int:
     return 2 * k + n_pages // 8
 
 
-def search_pages(keys: Keys, pages: Pages, batch: Batch, effort: int) -> SearchResult:
+def search_pages(keys: Keys, pages: PageSummaries, batch: Batch, effort: int) -> SearchResult:
     """Open the `effort` best pages for each query, fewer than there are."""
     n_heads, n_queries, _ = batch.queries.shape
     ids = np.empty((n_heads, n_queries, batch.k), np.int32)
@@ -161,10 +131,8 @@ def search_pages(keys: Keys, pages: Pages, batch: Batch, effort: int) -> SearchR
         queries = np.ascontiguousarray(batch.queries[part])
         page_scores = np.empty((n_heads, queries.shape[1], n_pages), np.float32)
         score_pages(rows, n_pages, pages.bonus, pages.scheme.asked(queries), n_chunks, page_scores)
-        open_pages(
-            *keys.flat, keys.shape[1], pages.scheme.page_size, keys.bonus, queries, page_scores, effort,
-            ids[part], scores[part],
-        )  # fmt: skip
+        sizes = keys.shape[1], pages.scheme.page_size
+        open_pages(keys.flat, *sizes, queries, page_scores, effort, ids[part], scores[part])
     n_read = (effort - n_pages) * pages.scheme.page_size + keys.shape[1]
     if pages.scheme.score == "reps":
         n_read += n_pages * pages.scheme.n_reps

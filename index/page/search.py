@@ -5,6 +5,7 @@ import numpy as np
 
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import as_float, jit
+from retrieval_attn.index.keys import FlatKeys, HeadKeys, of_head
 from retrieval_attn.index.loops.dots import dot, dots_4x1, dots_4x4, prefetch
 from retrieval_attn.index.loops.largest import choose
 from retrieval_attn.index.loops.topk import best_first, offer
@@ -74,9 +75,15 @@ def best_rows(scores: Array, n_rows: int, out: Array) -> None:
 
 @jit(parallel=True)
 def open_pages(
-    values: Array, stride_g: int, stride_s: int, n_keys: int, page_size: int, bonus: Array, queries: Array,
-    page_scores: Array, effort: int, ids: Array, scores: Array,
-) -> None:  # fmt: skip
+    keys: FlatKeys,
+    n_keys: int,
+    page_size: int,
+    queries: Array,
+    page_scores: Array,
+    effort: int,
+    ids: Array,
+    scores: Array,
+) -> None:
     """The best keys of the `effort` best pages, and of the keys after the last full page, for each query.
 
     page_scores: (G, N, P), P >= effort. Writes ids and scores (G, N, k), best first; the pages must hold k keys.
@@ -88,17 +95,14 @@ def open_pages(
         choose(page_scores[head, query], runs[:effort])
         runs *= page_size
         runs[effort] = n_pages * page_size
-        found = score_runs(
-            values, head * stride_g, stride_s, n_keys, page_size, bonus[head], queries[head, query], runs
-        )
+        found = score_runs(of_head(keys, head), n_keys, page_size, queries[head, query], runs)
         keep_best(found, runs, page_size, ids[head, query], scores[head, query])
 
 
 @jit()
-def score_runs(
-    values: Array, base: int, stride: int, n_keys: int, page_size: int, bonus: Array, query: Array, runs: Array
-) -> Array:
+def score_runs(keys: HeadKeys, n_keys: int, page_size: int, query: Array, runs: Array) -> Array:
     """Scores of the `page_size` keys from each of `runs` on, and of the keys from the last one to the end."""
+    values, base, stride, bonus = keys
     # Only the last run is shorter. `dots_run` may write three entries too many.
     out = np.empty((len(runs) - 1) * page_size + (n_keys - runs[-1]) + 3, np.float32)
     for i in range(len(runs)):

@@ -49,18 +49,21 @@ class Scheme(NamedTuple):
         return np.concatenate([np.maximum(queries, 0), np.minimum(queries, 0)], axis=2)
 
     def summaries(self, keys: Keys, heads: range, first: int, last: int) -> Array:
-        """Pages first..last of some heads that follow each other: (n, last - first, m, W), as `Pages.rows`."""
+        """Pages first..last of some heads that follow each other: (n, last - first, m, W), as `PageSummaries.rows`."""
         out = np.empty((len(heads), last - first, *self.shape(keys.shape[2])), np.float32)
         summarise = {
-            "mean": write_means, "minmax": write_bounds, "halfway": write_halfway, "reps": write_representatives,
-        }[self.score]  # fmt: skip
-        values, stride_g, stride_s = keys.flat
+            "mean": write_means,
+            "minmax": write_bounds,
+            "halfway": write_halfway,
+            "reps": write_representatives,
+        }[self.score]
+        values, stride_g, stride_s, _ = keys.flat
         start = heads.start * stride_g + first * self.page_size * stride_s
         summarise(values, start, stride_g, stride_s, self.page_size, out)
         return rounded(out, row_dtype(keys))
 
 
-class Pages(NamedTuple):
+class PageSummaries(NamedTuple):
     """The summaries of all full pages.
 
     rows: (G, capacity, m, W), C-contiguous, see `row_dtype`; those past `n_pages` are room to grow.
@@ -75,7 +78,7 @@ class Pages(NamedTuple):
     owner: bool
 
     @classmethod
-    def of(cls, scheme: Scheme, keys: Keys, steps: Steps) -> "Pages":
+    def of(cls, scheme: Scheme, keys: Keys, steps: Steps) -> "PageSummaries":
         """Summarise all full pages of `keys`."""
         n_heads, n_keys, dim = keys.shape
         n_pages = n_keys // scheme.page_size
@@ -87,7 +90,7 @@ class Pages(NamedTuple):
         return cls.around(scheme, rows, keys)
 
     @classmethod
-    def around(cls, scheme: Scheme, rows: Array, keys: Keys) -> "Pages":
+    def around(cls, scheme: Scheme, rows: Array, keys: Keys) -> "PageSummaries":
         """Pages with these rows (G, n, m, W), which summarise the first n pages of `keys`."""
         n_pages = rows.shape[1]
         return cls(scheme, rows, largest_bonus(keys, scheme.page_size, 0, n_pages), n_pages, True)
@@ -96,7 +99,7 @@ class Pages(NamedTuple):
     def nbytes(self) -> int:
         return self.rows.nbytes + self.bonus.nbytes
 
-    def extended(self, keys: Keys) -> "Pages":
+    def extended(self, keys: Keys) -> "PageSummaries":
         """With the pages that `keys`, the old keys and more, have filled since. O(D) per key, amortised."""
         scheme, old = self.scheme, self.n_pages
         n_pages = keys.shape[1] // scheme.page_size
@@ -108,9 +111,9 @@ class Pages(NamedTuple):
         if keys.lift:
             bonus = self._with_room(bonus, n_pages)
             bonus[:, old:n_pages] = largest_bonus(keys, scheme.page_size, old, n_pages)
-        return Pages(scheme, rows, bonus, n_pages, True)
+        return PageSummaries(scheme, rows, bonus, n_pages, True)
 
-    def first(self, n_pages: int) -> "Pages":
+    def first(self, n_pages: int) -> "PageSummaries":
         """The first n_pages of these. What grows from here leaves the rows that older objects read alone."""
         return self._replace(n_pages=n_pages, owner=self.owner and n_pages == self.n_pages)
 

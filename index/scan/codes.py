@@ -1,6 +1,6 @@
 """Keys as 4-bit codes, with one factor per key; they grow in place, and views taken earlier stay valid.
 
-A coordinate x of a key (see `scan_map.py`) is stored as the number c in 0..15 for which factor * (c - 7.5) is nearest;
+A coordinate x of a key (see map.py) is stored as the number c in 0..15 for which factor * (c - 7.5) is nearest;
 the factor is the key's own, so that its largest coordinate just fits.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
-from retrieval_attn.index.keys import Keys
+from retrieval_attn.index.keys import HeadKeys, Keys
 from retrieval_attn.index.loops.dots import dots_4x4
 from retrieval_attn.index.scan.dots import GROUP_BYTES, GROUP_DIMS, LANES
 from retrieval_attn.index.scan.map import Map
@@ -29,7 +29,7 @@ ROOM = 0.25
 class Codes(NamedTuple):
     """Codes of the first n_keys keys of each head; what stands behind them is not looked at.
 
-    blocks: (G, n, bytes per block) uint8, n >= n_keys / 16, laid out as `scan_dots.py` reads them.
+    blocks: (G, n, bytes per block) uint8, n >= n_keys / 16, laid out as dots.py reads them.
     factors: (G, 16 n) uint16, bfloat16 bits.
     owner: whether nobody else reads or writes behind n_keys, so that new keys may go there.
     """
@@ -78,33 +78,26 @@ class Codes(NamedTuple):
 def extend(codes: Codes, keys: Keys, coordinates: Map, head: int) -> None:
     """Write the codes of those keys of one head that `codes` does not hold yet; there is room for them."""
     first, last = codes.n_keys, keys.shape[1]
-    values, stride_g, stride_s = keys.flat
-    given = (
-        values, head * stride_g, stride_s, coordinates.keys[head], coordinates.offsets[head], codes.blocks[head],
-        codes.factors[head],
-    )  # fmt: skip
-    if last - first < CHUNK:
-        encode(*given, first, last)
-    else:
-        encode_parallel(*given, first, last)
+    axes, written = (coordinates.keys[head], coordinates.offsets[head]), (codes.blocks[head], codes.factors[head])
+    write = encode if last - first < CHUNK else encode_parallel
+    write(keys.of_head(head), *axes, *written, first, last)
 
 
 @jit(parallel=True)
 def encode_parallel(
-    values: Array, base: int, stride: int, projection: Array, offset: Array, blocks: Array, factors: Array, first: int,
-    last: int,
-) -> None:  # fmt: skip
+    keys: HeadKeys, projection: Array, offset: Array, blocks: Array, factors: Array, first: int, last: int
+) -> None:
     for chunk in numba.prange((last - first + CHUNK - 1) // CHUNK):
         start = first + chunk * CHUNK
-        encode(values, base, stride, projection, offset, blocks, factors, start, min(start + CHUNK, last))
+        encode(keys, projection, offset, blocks, factors, start, min(start + CHUNK, last))
 
 
 @jit()
 def encode(
-    values: Array, base: int, stride: int, projection: Array, offset: Array, blocks: Array, factors: Array, first: int,
-    last: int,
-) -> None:  # fmt: skip
+    keys: HeadKeys, projection: Array, offset: Array, blocks: Array, factors: Array, first: int, last: int
+) -> None:
     """Codes of the keys first..last; each is the same whatever the keys beside it."""
+    values, base, stride, _ = keys
     dims = len(offset)
     coordinates = np.empty((dims, 4), np.float32)
     largest = np.empty(4, np.float32)

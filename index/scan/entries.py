@@ -4,12 +4,21 @@ The better entry is the larger number, equal scores go to the smaller key, and n
 many are found by comparing and moving plain integers.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
 
 _LOW = 0xFFFFFFFF
+
+
+class Found(NamedTuple):
+    """Entries (..., n) int64 that were found, and how many of each n there are: counts (...)."""
+
+    entries: Array
+    counts: Array
 
 
 @jit(inline="always")

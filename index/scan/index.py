@@ -6,18 +6,17 @@ as memory can be read. There is no second level of codes between these and the k
 remain, and scoring them exactly takes about a sixth of the time.
 """
 
-import threading
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from retrieval_attn.arrays import Array
 from retrieval_attn.index import storage
-from retrieval_attn.index.exact import scan
+from retrieval_attn.index.exact import scan_all
 from retrieval_attn.index.keys import Keys
-from retrieval_attn.index.lift import Lift
-from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search, check_truncate
+from retrieval_attn.index.over_keys import OverKeys
+from retrieval_attn.index.protocol import SearchResult, Steps, check_effort, check_search
 from retrieval_attn.index.scan.codes import Codes, extend
 from retrieval_attn.index.scan.map import Map, fit
 from retrieval_attn.index.scan.search import search_codes
@@ -50,39 +49,26 @@ class State(NamedTuple):
     n_fitted: int
 
 
-class ScanIndex:
+class ScanIndex(OverKeys[State]):
     """4-bit codes of all keys. Effort is the number of keys per query that are scored exactly."""
 
     kind = "scan"
 
     def __init__(self, state: State, recipe: Recipe) -> None:
-        self._state = state
+        super().__init__(state)
         self._recipe = recipe
-        self._lock = threading.Lock()
 
     @classmethod
-    def build(cls, keys: Keys, queries: Array | None, seed: int, steps: Steps, dims: int | None = None) -> "ScanIndex":
+    def build(cls, keys: Keys, queries: Array | None, seed: int, steps: Steps, dims: int | None = None) -> Self:
         """Choose the coordinates that tell most about the scores of `queries`, and encode the keys.
 
         dims: numbers of 4 bits per key, at most D; None: as many as hold 95 % of what makes scores differ (see
-            `scan_map.py`). Without `queries` all directions count alike, and it usually takes more of them.
+            scan/map.py). Without `queries` all directions count alike, and it usually takes more of them.
         """
         if dims is not None and dims < 1:
             raise ValueError(f"dims must be at least 1, got {dims}")
         state = encoded(keys, Recipe(queries, seed, dims), steps)
         return cls(state, Recipe(None if queries is None else thinned(queries, keys.shape[0]), seed, dims))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self._state.keys.shape
-
-    @property
-    def n_keys(self) -> int:
-        return self.shape[1]
-
-    @property
-    def lift(self) -> Lift | None:
-        return self._state.keys.lift
 
     @property
     def nbytes(self) -> int:
@@ -97,43 +83,28 @@ class ScanIndex:
         n_keys = keys.shape[1]
         n_wanted = max(check_effort(effort, default_effort(k)), k)
         if n_wanted >= EXACT_SHARE * n_keys:
-            ids, scores = scan(keys, batch.queries, k, 0, n_keys)
-        else:
-            ids, scores = search_codes(keys, codes, coordinates.queries, batch.queries, k, n_wanted)
+            return scan_all(keys, batch)
+        ids, scores = search_codes(keys, codes, coordinates.queries, batch.queries, k, n_wanted)
         return batch.result(ids, scores, np.full(ids.shape[:2], n_keys, np.int64))
 
-    def append(self, new_keys: Any, *, keys: Any = None) -> None:
-        """See `Index.append`. When there are half as many keys again, all are encoded anew, in this call."""
-        with self._lock:
-            old = self._state
-            grown = old.keys.grown(new_keys, keys)
-            n_keys = grown.shape[1]
-            if n_keys >= REFIT * old.n_fitted:
-                self._state = encoded(grown, self._recipe, Steps())
-                return
-            codes = old.codes.roomy(n_keys)
-            for head in range(grown.shape[0]):
-                extend(codes, grown, old.map, head)
-            self._state = old._replace(keys=grown, codes=codes._replace(n_keys=n_keys))
+    def _grow(self, keys: Keys) -> None:
+        """When there are half as many keys again, all are encoded anew, at once."""
+        old, n_keys = self._state, keys.shape[1]
+        if n_keys >= REFIT * old.n_fitted:
+            self._state = encoded(keys, self._recipe, Steps())
+            return
+        codes = old.codes.roomy(n_keys)
+        for head in range(keys.shape[0]):
+            extend(codes, keys, old.map, head)
+        self._state = old._replace(keys=keys, codes=codes._replace(n_keys=n_keys))
 
-    def truncate(self, n_keys: int) -> None:
-        """See `Index.truncate`."""
-        with self._lock:
-            check_truncate(n_keys, self.n_keys)
-            old = self._state
-            # What is left of the keys that the coordinates were chosen from: others may follow.
-            n_fitted = min(old.n_fitted, n_keys)
-            self._state = State(old.keys.first(n_keys), old.codes.first(n_keys), old.map, n_fitted)
+    def _shrink(self, keys: Keys) -> None:
+        old, n_keys = self._state, keys.shape[1]
+        # What is left of the keys that the coordinates were chosen from: others may follow.
+        self._state = State(keys, old.codes.first(n_keys), old.map, min(old.n_fitted, n_keys))
 
-    def fork(self, keys: Any = None) -> "ScanIndex":
-        """See `Index.fork`."""
-        state = self._state
-        forked = state._replace(keys=state.keys.moved(keys), codes=state.codes._replace(owner=False))
-        return ScanIndex(forked, self._recipe)
-
-    def snapshot(self) -> "ScanIndex":
-        """See `Index.snapshot`."""
-        return self.fork()
+    def _forked(self, state: State, keys: Keys) -> Self:
+        return type(self)(state._replace(keys=keys, codes=state.codes._replace(owner=False)), self._recipe)
 
     def save(self, path: str | PathLike[str], with_keys: bool = True) -> None:
         """See `Index.save`."""
@@ -147,7 +118,7 @@ class ScanIndex:
         storage.write(path, self.kind, {"seed": seed, "dims": dims, "n_fitted": n_fitted}, arrays, keys, with_keys)
 
     @classmethod
-    def restore(cls, saved: storage.Saved) -> "ScanIndex":
+    def restore(cls, saved: storage.Saved) -> Self:
         arrays, settings = saved.arrays, saved.settings
         coordinates = Map(*(arrays[f"map.{name}"] for name in Map._fields))
         codes = Codes(arrays["blocks"], arrays["factors"], saved.keys.shape[1], True)

@@ -5,9 +5,10 @@ import numpy as np
 
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
+from retrieval_attn.index.keys import FlatKeys, HeadKeys, of_head
 from retrieval_attn.index.loops.dots import dot, prefetch
 from retrieval_attn.index.scan.dots import TILE
-from retrieval_attn.index.scan.entries import as_entry, keep_best, key_of, write_best
+from retrieval_attn.index.scan.entries import Found, as_entry, keep_best, key_of, write_best
 
 # Keys to ask memory for before the one being scored.
 KEYS_AHEAD = 8
@@ -15,17 +16,16 @@ KEYS_AHEAD = 8
 
 @jit(parallel=True)
 def rescore(
-    values: Array, stride_g: int, stride_s: int, bonus: Array, queries: Array, start: int, stop: int, n_wanted: int,
-    entries: Array, counts: Array, ids: Array, scores: Array,
-) -> None:  # fmt: skip
+    keys: FlatKeys, queries: Array, start: int, stop: int, n_wanted: int, found: Found, ids: Array, scores: Array
+) -> None:
     """The best keys by exact score, from the entries of the queries start..stop."""
     n_queries = stop - start
     for task in numba.prange(len(queries) * n_queries):
         head, query = task // n_queries, task % n_queries
         tile, row = query // TILE, query % TILE
-        found = gather(entries[head, tile, :, row], counts[head, tile, :, row], n_wanted)
-        put_scores(values, head * stride_g, stride_s, bonus[head], queries[head, start + query], found)
-        write_best(found, ids[head, start + query], scores[head, start + query])
+        best = gather(found.entries[head, tile, :, row], found.counts[head, tile, :, row], n_wanted)
+        put_scores(of_head(keys, head), queries[head, start + query], best)
+        write_best(best, ids[head, start + query], scores[head, start + query])
 
 
 @jit()
@@ -43,8 +43,9 @@ def gather(entries: Array, counts: Array, n_wanted: int) -> Array:
 
 
 @jit()
-def put_scores(values: Array, base: int, stride: int, bonus: Array, query: Array, entries: Array) -> None:
+def put_scores(keys: HeadKeys, query: Array, entries: Array) -> None:
     """Replace the estimates in the entries by exact scores."""
+    values, base, stride, bonus = keys
     score = np.empty(1, np.float32)
     bits = score.view(np.int32)
     per_line = 64 // values.itemsize

@@ -4,6 +4,8 @@ The scan takes what reaches a floor; the floor is found on a sample of the keys,
 wanted. So no key is compared with another while the scan runs, and it goes about as fast as memory.
 """
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
@@ -13,7 +15,7 @@ from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.loops.dots import dot, prefetch
 from retrieval_attn.index.scan.codes import Codes
 from retrieval_attn.index.scan.dots import GROUP_BYTES, GROUP_DIMS, LANES, TILE, lowest_bit, score_block
-from retrieval_attn.index.scan.entries import as_entry, keep_best, order_of, score_at
+from retrieval_attn.index.scan.entries import Found, as_entry, keep_best, order_of, score_at
 from retrieval_attn.index.scan.rescore import rescore
 
 # Queries per KV head and pass, which bounds the memory that entries take.
@@ -40,6 +42,28 @@ BLOCKS_AHEAD = 32
 SAMPLED_AHEAD = 4
 
 
+class Tiles(NamedTuple):
+    """Queries as codes are scanned for them, four at a time; of one tile, without the axes before the last.
+
+    weights: (G, tiles, n) int32, the queries' signed bytes and what their sums begin with, as `score_block` reads them.
+    bonus_scales: (G, tiles, TILE) float32, what a bonus is worth in a query's units. floors: (G, tiles, TILE) float32,
+    the estimates from which on a key is taken.
+    """
+
+    weights: Array
+    bonus_scales: Array
+    floors: Array
+
+
+class HeadCodes(NamedTuple):
+    """The codes of the first n_keys keys of one head: blocks (bytes,), factors (n,), and bonus (n,) or (0,)."""
+
+    blocks: Array
+    factors: Array
+    bonus: Array
+    n_keys: int
+
+
 def search_codes(keys: Keys, codes: Codes, maps: Array, queries: Array, k: int, n_wanted: int) -> tuple[Array, Array]:
     """The k best of about n_wanted keys of best estimate per query: ids (G, N, k) int32 and exact scores.
 
@@ -50,18 +74,15 @@ def search_codes(keys: Keys, codes: Codes, maps: Array, queries: Array, k: int, 
     scores = np.empty((n_heads, n_queries, k), np.float32)
     for start in range(0, n_queries, MOST_QUERIES):
         stop = min(start + MOST_QUERIES, n_queries)
-        entries, counts = find_candidates(keys, codes, maps, queries, start, stop, k, n_wanted)
-        rescore(*keys.flat, keys.bonus, queries, start, stop, n_wanted, entries, counts, ids, scores)
+        found = find_candidates(keys, codes, maps, queries, start, stop, k, n_wanted)
+        rescore(keys.flat, queries, start, stop, n_wanted, found, ids, scores)
     return ids, scores
 
 
 def find_candidates(
     keys: Keys, codes: Codes, maps: Array, queries: Array, start: int, stop: int, k: int, n_wanted: int
-) -> tuple[Array, Array]:
-    """Entries of at least k keys for each of the queries start..stop.
-
-    Returns entries (G, tiles, chunks, TILE, n) int64 and how many of each n there are, (G, tiles, chunks, TILE).
-    """
+) -> Found:
+    """Entries (G, tiles, chunks, TILE, n) of at least k keys for each of the queries start..stop."""
     n_heads, n_keys = len(queries), codes.n_keys
     n_tiles = -(-(stop - start) // TILE)
     n_chunks = max(1, min(-(-4 * numba.get_num_threads() // n_heads), n_keys // MIN_CHUNK))
@@ -69,68 +90,77 @@ def find_candidates(
     bonus_scales = np.ones((n_heads, n_tiles, TILE), np.float32)
     # Queries that are only there to fill the last tile let nothing pass.
     floors = np.full((n_heads, n_tiles, TILE), np.inf, np.float32)
-    coded = (codes.blocks, codes.factors, keys.bonus, n_keys)
-    make_ready(*coded, maps, queries, start, stop, n_wanted, weights, bonus_scales, floors)
+    tiles = Tiles(weights, bonus_scales, floors)
+    make_ready(codes, keys.bonus, maps, queries, start, stop, n_wanted, tiles)
     entries = np.empty((n_heads, n_tiles, n_chunks, TILE, BUFFER * n_wanted), np.int64)
-    counts = np.zeros(entries.shape[:-1], np.int64)
-    tiles = np.ones((n_heads, n_tiles), np.bool_)
-    collect(*coded, n_wanted, weights, bonus_scales, floors, tiles, entries, counts)
+    found = Found(entries, np.zeros(entries.shape[:-1], np.int64))
+    collect(codes, keys.bonus, n_wanted, tiles, np.ones((n_heads, n_tiles), np.bool_), found)
     # The sample may mislead; without a floor enough are found, only more slowly.
-    few = (counts.sum(axis=2) < max(k, n_wanted // 2)) & (floors < np.inf)
+    few = (found.counts.sum(axis=2) < max(k, n_wanted // 2)) & (floors < np.inf)
     if few.any():
         floors[few] = -np.inf
-        collect(*coded, n_wanted, weights, bonus_scales, floors, few.any(axis=2), entries, counts)
-    return entries, counts
+        collect(codes, keys.bonus, n_wanted, tiles, few.any(axis=2), found)
+    return found
+
+
+@jit(inline="always")
+def codes_of(codes: Codes, bonus: Array, head: int) -> HeadCodes:
+    """The codes of one head, with its bonuses."""
+    return HeadCodes(codes.blocks[head].reshape(-1), codes.factors[head], bonus[head], codes.n_keys)
+
+
+@jit(inline="always")
+def tile_of(tiles: Tiles, head: int, tile: int) -> Tiles:
+    """One tile of one head."""
+    return Tiles(tiles.weights[head, tile], tiles.bonus_scales[head, tile], tiles.floors[head, tile])
 
 
 @jit(parallel=True)
 def make_ready(
-    blocks: Array, factors: Array, bonus: Array, n_keys: int, maps: Array, queries: Array, start: int, stop: int,
-    n_wanted: int, weights: Array, bonus_scales: Array, floors: Array,
-) -> None:  # fmt: skip
-    """Weights, scales of the bonus and floors for each tile of four queries."""
-    n_heads, n_tiles, _ = floors.shape
+    codes: Codes, bonus: Array, maps: Array, queries: Array, start: int, stop: int, n_wanted: int, tiles: Tiles
+) -> None:
+    """Write weights, scales of the bonus and floors for each tile of four queries."""
+    n_heads, n_tiles, _ = tiles.floors.shape
     for task in numba.prange(n_heads * n_tiles):
         head, tile = task // n_tiles, task % n_tiles
         first = start + TILE * tile
         few = queries[head, first : min(first + TILE, stop)]
-        weigh(few, maps[head], weights[head, tile], bonus_scales[head, tile])
-        floors[head, tile, : len(few)] = -np.inf
-        if n_keys > BUFFER * n_wanted and n_keys >= LANES * SAMPLE_STEPS[0]:
-            find_floors(
-                blocks[head].reshape(-1), factors[head], bonus[head], n_keys, n_wanted, weights[head, tile],
-                bonus_scales[head, tile], floors[head, tile],
-            )  # fmt: skip
+        # Written in a function of its own: numba takes an assignment to a part of a tuple's array for dead here.
+        weigh(few, maps[head], tile_of(tiles, head, tile))
+        if codes.n_keys > BUFFER * n_wanted and codes.n_keys >= LANES * SAMPLE_STEPS[0]:
+            find_floors(codes_of(codes, bonus, head), n_wanted, tile_of(tiles, head, tile))
 
 
 @jit(parallel=True)
-def collect(
-    blocks: Array, factors: Array, bonus: Array, n_keys: int, n_wanted: int, weights: Array, bonus_scales: Array,
-    floors: Array, tiles: Array, entries: Array, counts: Array,
-) -> None:  # fmt: skip
-    """Entries of the keys that reach the floors, chunk by chunk, for the tiles that are marked in `tiles`."""
-    n_heads, n_tiles, n_chunks, _ = counts.shape
-    n_blocks = (n_keys + LANES - 1) // LANES
+def collect(codes: Codes, bonus: Array, n_wanted: int, tiles: Tiles, marked: Array, found: Found) -> None:
+    """Entries of the keys that reach the floors, chunk by chunk, for the tiles that are marked (G, tiles)."""
+    n_heads, n_tiles, n_chunks, _ = found.counts.shape
+    n_blocks = (codes.n_keys + LANES - 1) // LANES
     size = (n_blocks + n_chunks - 1) // n_chunks
     for task in numba.prange(n_heads * n_chunks):
         head, chunk = task // n_chunks, task % n_chunks
+        own, first, last = codes_of(codes, bonus, head), chunk * size, min((chunk + 1) * size, n_blocks)
         for tile in range(n_tiles):
-            if tiles[head, tile]:
-                scan_blocks(
-                    blocks[head].reshape(-1), factors[head], bonus[head], chunk * size,
-                    min((chunk + 1) * size, n_blocks), 1, n_keys, n_wanted, weights[head, tile],
-                    bonus_scales[head, tile], floors[head, tile].copy(), entries[head, tile, chunk],
-                    counts[head, tile, chunk],
-                )  # fmt: skip
+            if marked[head, tile]:
+                weights, bonus_scales, floors = tile_of(tiles, head, tile)
+                # Floors rise while a chunk is scanned.
+                asked = Tiles(weights, bonus_scales, floors.copy())
+                part = Found(found.entries[head, tile, chunk], found.counts[head, tile, chunk])
+                scan_blocks(own, first, last, 1, n_wanted, asked, part)
 
 
 @jit()
-def weigh(queries: Array, projection: Array, weights: Array, bonus_scales: Array) -> None:
-    """Up to four queries as signed bytes: their coordinates, in units of the largest over 127. See `score_block`."""
+def weigh(queries: Array, projection: Array, tile: Tiles) -> None:
+    """Up to four queries as signed bytes: their coordinates, in units of the largest over 127. See `score_block`.
+
+    Their floors are opened.
+    """
+    weights, bonus_scales, floors = tile
     dims = len(projection)
     signed_bytes = weights.view(np.int8)
     coordinates = np.empty(dims, np.float32)
     for row in range(len(queries)):
+        floors[row] = -np.inf
         for d in range(dims):
             coordinates[d] = dot(projection[d], 0, queries[row])
         unit = np.abs(coordinates).max() / np.float32(127)
@@ -147,37 +177,30 @@ def weigh(queries: Array, projection: Array, weights: Array, bonus_scales: Array
 
 
 @jit()
-def find_floors(
-    blocks: Array, factors: Array, bonus: Array, n_keys: int, n_wanted: int, weights: Array, bonus_scales: Array,
-    floors: Array,
-) -> None:  # fmt: skip
+def find_floors(codes: HeadCodes, n_wanted: int, tile: Tiles) -> None:
     """Set floors of -inf so that about n_wanted keys reach them, as every so many blocks say."""
-    n_blocks = n_keys // LANES
+    floors = tile.floors
+    n_blocks = codes.n_keys // LANES
     step = min(max(n_wanted // SAMPLE_HITS, SAMPLE_STEPS[0]), SAMPLE_STEPS[1])
     n_sampled = (n_blocks + step - 1) // step
     n_kept = n_wanted * n_sampled // n_blocks + 1
-    entries = np.empty((TILE, BUFFER * n_kept), np.int64)
-    counts = np.empty(TILE, np.int64)
-    rising = floors.copy()
-    scan_blocks(
-        blocks, factors, bonus, 0, n_blocks, step, n_blocks * LANES, n_kept, weights, bonus_scales, rising, entries,
-        counts,
-    )  # fmt: skip
+    found = Found(np.empty((TILE, BUFFER * n_kept), np.int64), np.empty(TILE, np.int64))
+    whole = HeadCodes(codes.blocks, codes.factors, codes.bonus, n_blocks * LANES)
+    scan_blocks(whole, 0, n_blocks, step, n_kept, Tiles(tile.weights, tile.bonus_scales, floors.copy()), found)
     for row in range(TILE):
         if floors[row] == -np.inf:
-            keep_best(entries[row], counts[row], n_kept)
-            floors[row] = score_at(order_of(entries[row, :n_kept].min()))
+            keep_best(found.entries[row], found.counts[row], n_kept)
+            floors[row] = score_at(order_of(found.entries[row, :n_kept].min()))
 
 
 @jit()
-def scan_blocks(
-    blocks: Array, factors: Array, bonus: Array, first: int, last: int, step: int, n_keys: int, n_wanted: int,
-    weights: Array, bonus_scales: Array, floors: Array, entries: Array, counts: Array,
-) -> None:  # fmt: skip
+def scan_blocks(codes: HeadCodes, first: int, last: int, step: int, n_wanted: int, tile: Tiles, found: Found) -> None:
     """Entries (TILE, n) of the keys in every step-th block of first..last that reach the floors.
 
     n > n_wanted. If more keys reach a floor it rises, and at least the n_wanted best of them are among the entries.
     """
+    blocks, factors, bonus, n_keys = codes
+    weights, bonus_scales, floors = tile
     n_groups = len(weights) // (2 * TILE)
     size = n_groups * GROUP_BYTES
     lifted = len(bonus) > 0
@@ -185,7 +208,7 @@ def scan_blocks(
     scores = np.empty(WAITING * BLOCK_SCORES, np.float32)
     # While floors rise fast, blocks should not wait for long.
     n, n_most = 0, 1
-    counts[:] = 0
+    found.counts[:] = 0
     for block in range(first, min(last, n_keys // LANES), step):
         ahead = block + (BLOCKS_AHEAD if step == 1 else SAMPLED_AHEAD * step)
         prefetch(factors, ahead * LANES)
@@ -199,7 +222,7 @@ def scan_blocks(
         keys[n], reached[n] = key, passed
         n += passed != 0
         if n == n_most:
-            write_entries(reached, keys, n, scores, n_wanted, floors, entries, counts)
+            write_entries(reached, keys, n, scores, n_wanted, floors, found)
             n, n_most = 0, min(2 * n_most, WAITING)
     n_rest = n_keys % LANES
     if n_rest and last * LANES > n_keys:
@@ -214,14 +237,15 @@ def scan_blocks(
         alive = np.uint64(0x0001000100010001) * np.uint64((1 << n_rest) - 1)
         keys[n], reached[n] = key, passed & alive
         n += 1
-    write_entries(reached, keys, n, scores, n_wanted, floors, entries, counts)
+    write_entries(reached, keys, n, scores, n_wanted, floors, found)
 
 
 @jit()
 def write_entries(
-    reached: Array, keys: Array, n: int, scores: Array, n_wanted: int, floors: Array, entries: Array, counts: Array
+    reached: Array, keys: Array, n: int, scores: Array, n_wanted: int, floors: Array, found: Found
 ) -> None:
     """An entry for each bit of the first n of `reached`. Full entries are cut back to the best, below the new floor."""
+    entries, counts = found
     bits = scores.view(np.int32)
     for i in range(n):
         left = reached[i]

@@ -57,9 +57,9 @@ def test_appended_keys_are_found_before_and_after_they_are_listed(scene, monkeyp
         exact = build_index("exact", keys[:, : at + 600]).search(scene.later, k=20)
         assert recall(index.search(scene.later, k=20, effort=10**6).ids, exact.ids) > 0.999
     assert 3000 < index._state[1][0].index.ntotal <= 4200
-    assert index._n_seen == 3000
+    assert index._state.n_seen == 3000
     index.append(keys[:, 4200:])
-    assert index._n_seen == 6000
+    assert index._state.n_seen == 6000
     exact = build_index("exact", keys).search(scene.later, k=20)
     assert recall(index.search(scene.later, k=20, effort=10**6).ids, exact.ids) > 0.999
 

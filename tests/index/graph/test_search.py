@@ -10,6 +10,7 @@ from retrieval_attn.compiled import jit
 from retrieval_attn.index.graph import search
 from retrieval_attn.index.graph.cells import grow_cells
 from retrieval_attn.index.graph.metric import fit_metric
+from retrieval_attn.index.keys import HeadKeys
 from retrieval_attn.index.protocol import Steps
 
 
@@ -85,9 +86,9 @@ def run(keys, tree, links, starts, q, effort, k=80, n_keys=None, bonus=None):
     ids, scores = np.empty(k, np.int32), np.empty(k, np.float32)
     bonus = np.empty(0, np.float32) if bonus is None else bonus
     starts = np.array(starts, np.int32)
-    n = search.search_one(
-        keys.ravel(), 0, keys.shape[1], bonus, n_keys or len(keys), tree, 0, links, starts, q, effort, ids, scores
-    )
+    rows = HeadKeys(keys.ravel(), 0, keys.shape[1], bonus)
+    graphs = search.Graphs(tree, links[None], n_keys or len(keys))
+    n = search.search_one(rows, graphs, 0, starts, q, effort, ids, scores)
     return ids, scores, n
 
 

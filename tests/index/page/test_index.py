@@ -14,7 +14,7 @@ from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.loops.largest import choose
 from retrieval_attn.index.page import index as page
 from retrieval_attn.index.page.search import dots_run, score_pages
-from retrieval_attn.index.page.summary import SCORES, Pages, Scheme
+from retrieval_attn.index.page.summary import SCORES, PageSummaries, Scheme
 from retrieval_attn.index.protocol import Steps
 
 every_score = pytest.mark.parametrize("score", SCORES)
@@ -27,7 +27,7 @@ def scene():
 
 
 def pages_of(keys, score="halfway", page_size=16, n_reps=2):
-    return Pages.of(Scheme(page_size, score, n_reps), Keys(keys), Steps())
+    return PageSummaries.of(Scheme(page_size, score, n_reps), Keys(keys), Steps())
 
 
 def page_scores(pages, queries):
