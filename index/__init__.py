@@ -81,13 +81,15 @@ def build_index(
     return index_class.build(built_on, queries, seed, Steps(progress, cancel), **options)
 
 
-def load_index(path: str | PathLike[str], keys: Any = None) -> Index:
+def load_index(path: str | PathLike[str], keys: Any = None, *, verified: bool = False) -> Index:
     """Read an index that `save` wrote.
 
     keys: the keys the index was built on, (G, S, D), used in place; needed when it was saved without them.
+    verified: the caller has compared the file with a checksum of the whole of it, so its arrays are not read again for
+        their own.
     Raises FileNotFoundError, or ValueError for a file or keys that do not belong.
     """
-    saved = storage.read(path, keys)
+    saved = storage.read(path, keys, verified)
     prepare(saved.kind, saved.keys.array.dtype)
     return _kind(saved.kind).restore(saved)
 

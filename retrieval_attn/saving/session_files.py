@@ -173,7 +173,8 @@ def _read_layer(layer: Any, folder: Path, i: int, n_tokens: int, device: torch.d
     layer.adopt(*_extents(path, memory, n_tokens), n_tokens, tensors, device)
     n_indexed = n_covered(memory.split.n_far)
     if n_indexed:
-        index = load_index(folder / _index_name(i), keys=memory.far_keys()[:, :n_indexed])
+        # `check_files` has read all of it.
+        index = load_index(folder / _index_name(i), keys=memory.far_keys()[:, :n_indexed], verified=True)
         memory.adopt_index(index, tensors)
 
 

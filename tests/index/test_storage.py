@@ -130,3 +130,18 @@ def test_a_failed_save_leaves_the_old_file(indexes, tmp_path, monkeypatch):
         indexes["graph"].save(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@every_kind
+def test_what_the_caller_has_verified_is_not_hashed_again(kind, scene, indexes, tmp_path, monkeypatch):
+    """Only the header is, which says what the arrays mean; without `verified`, every array is hashed, once."""
+    path, keys, hashed, digest = tmp_path / "a", as_bfloat16(scene.keys), [], storage._digest
+    indexes[kind].save(path, with_keys=False)
+    monkeypatch.setattr(storage, "_digest", lambda data: hashed.append(data) or digest(data))
+    same(indexes[kind], load_index(path, keys, verified=True), scene.later)
+    assert [type(data) for data in hashed] == [bytes]
+    hashed.clear()
+    load_index(path, keys)
+    arrays = [data.nbytes for data in hashed if not isinstance(data, bytes)]
+    size = path.stat().st_size
+    assert size - 8192 < sum(arrays) <= size

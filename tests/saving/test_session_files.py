@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_chat_model
 
 import retrieval_attn as ra
+from retrieval_attn.index import storage
 from retrieval_attn.saving import atomic_folder, checksums
 from retrieval_attn.saving.session_files import FORMAT
 
@@ -124,6 +125,21 @@ def test_a_restored_session_leaves_its_file_alone_and_can_replace_it(llm, sessio
     assert again.token_ids == restored.token_ids
     turns = [s.ask("And now?", max_new_tokens=20).token_ids for s in (restored, again)]
     assert turns[0] == turns[1]
+
+
+def test_the_arrays_of_an_index_are_hashed_once_with_their_file(folder, tmp_path, monkeypatch):
+    llm = ra.load(folder, dataclasses.replace(CONFIG, index="page"), dtype="float32")
+    session = llm.session()
+    session.ask(TEXT, max_new_tokens=3)
+    session.save(tmp_path / "saved")
+    again, files, digest, file_digest = [], [], storage._digest, checksums._digest
+    monkeypatch.setattr(storage, "_digest", lambda data: again.append(type(data)) or digest(data))
+    monkeypatch.setattr(checksums, "_digest", lambda path: files.append(path.name) or file_digest(path))
+    llm.restore(tmp_path / "saved")
+    n_indexes = sum(name.endswith(".index") for name in files)
+    assert len(files) == len(set(files))
+    assert n_indexes > 0
+    assert again == [bytes] * n_indexes
 
 
 def test_where_files_cannot_cover_memory_they_are_read(llm, saved, monkeypatch):
@@ -488,6 +504,7 @@ FULL_DISK = """
 import shutil, subprocess, sys
 from pathlib import Path
 import retrieval_attn as ra
+from retrieval_attn.index import storage
 model, config, source, disk = sys.argv[1:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], check=True)
 llm = ra.load(model, eval(config, vars(ra)), dtype="float32")
@@ -545,6 +562,7 @@ SAVER = """
 import os, sys, time
 import torch
 import retrieval_attn as ra
+from retrieval_attn.index import storage
 from retrieval_attn.saving import atomic_folder
 model, config, target, one_step, *folders = sys.argv[1:]
 torch.set_num_threads(1)
