@@ -65,3 +65,43 @@ def test_mistakes_are_named(kind, n_keys, scene):
     index = build_index(kind, scene.keys, scene.queries)
     with pytest.raises(ValueError, match=f"n_keys must be between 1 and 3000.*, got {n_keys}"):
         index.truncate(n_keys)
+
+
+def test_scan_chooses_coordinates_anew_for_what_follows_a_cut():
+    """Those that it had were chosen from keys most of which are gone; half as many new ones again are too many."""
+    keys, other = (attention_like(n_keys=3000, seed=seed).keys for seed in (0, 1))
+    index = build_index("scan", keys)
+    index.truncate(1000)
+    index.append(other[:, :499])
+    first = build_index("scan", keys)
+    assert np.array_equal(index._state.map.keys, first._state.map.keys)
+    index.append(other[:, 499:500])
+    fresh = build_index("scan", np.concatenate([keys[:, :1000], other[:, :500]], axis=1))
+    assert np.array_equal(index._state.map.keys, fresh._state.map.keys)
+    assert np.array_equal(index._state.codes.trimmed()[0], fresh._state.codes.trimmed()[0])
+    # Coordinates stay as they are until half as many keys again have come.
+    index.append(other[:, 500:1200])
+    assert np.array_equal(index._state.map.keys, fresh._state.map.keys)
+
+
+def test_ivf_clusters_anew_what_follows_a_cut():
+    keys, other = (attention_like(n_keys=6000, seed=seed).keys for seed in (0, 1))
+    index = build_index("ivf", keys)
+    index.truncate(2000)
+    index.append(other[:, :1000])
+    fresh = build_index("ivf", np.concatenate([keys[:, :2000], other[:, :1000]], axis=1))
+    assert np.array_equal(index._state.mean, fresh._state.mean)
+
+
+@pytest.mark.parametrize("kind", ["scan", "page", "graph"])
+def test_what_grows_after_a_cut_is_not_seen_by_who_saw_what_was_cut(kind, scene):
+    """A snapshot reads the rows behind the cut; the index that was cut must write its new ones elsewhere."""
+    index = build_index(kind, scene.keys[:, :2500], scene.queries, **({"tail": 64} if kind == "graph" else {}))
+    index.append(scene.keys[:, 2500:])
+    seen = index.snapshot()
+    before = seen.search(scene.later, K)
+    index.truncate(2400)
+    index.append(np.ascontiguousarray(-scene.keys[:, 2400:]))
+    after = seen.search(scene.later, K)
+    for x, y in zip(before, after, strict=True):
+        assert np.array_equal(x, y)
