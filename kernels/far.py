@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from retrieval_attn.arrays import Array, as_array, as_stored
-from retrieval_attn.compiled import as_float, jit
+from retrieval_attn.compiled import as_float, intrinsic, jit
 from retrieval_attn.kernels.merge import AttentionState
 from retrieval_attn.threads.pool import require_safe_threads
 
@@ -37,6 +36,14 @@ class _Rows(NamedTuple):
     flat: Array
     group_stride: int
     row_stride: int
+
+
+class _Asked(NamedTuple):
+    """What is read: ids (H, T, K), scores from limits (H, T) on; those below are raised to it, or dropped."""
+
+    ids: Array
+    limits: Array
+    raises: bool
 
 
 # What becomes of a score below the threshold of its query.
@@ -79,11 +86,10 @@ def attend_far(
     limits = _limits(threshold, below, H, T)
     out = np.empty((H, T, value_array.shape[2]), np.float32)
     lse = np.empty((H, T), np.float32)
-    _attend(
-        np.ascontiguousarray(wide), *_rows(key_array, "keys"), *_rows(value_array, "values"),
-        np.require(found, requirements=["C", "W"]), limits, below == "raise", R, R if share_group else 1,
-        np.float32(scale), out, lse,
-    )  # fmt: skip
+    rows = _rows(key_array, "keys"), _rows(value_array, "values")
+    asked = _Asked(np.require(found, requirements=["C", "W"]), limits, below == "raise")
+    share = R if share_group else 1
+    _attend(np.ascontiguousarray(wide), *rows, asked, R, share, np.float32(scale), out, lse)
     _raise_if_nan(lse, wide)
     return AttentionState(torch.from_numpy(out)[None].to(query.dtype), torch.from_numpy(lse)[None])
 
@@ -158,10 +164,11 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @jit(parallel=True)
-def _attend(  # type: ignore[no-untyped-def]
-    query, keys, key_group, key_row, values, value_group, value_row, ids, limits, raises, R, share, scale, out, lse
-):
-    """query (H, T, D), ids (H, T, K) -> out (H, T, Dv), lse (H, T); `share` heads go together: R, or 1."""
+def _attend(
+    query: Array, keys: _Rows, values: _Rows, asked: _Asked, R: int, share: int, scale: float, out: Array, lse: Array
+) -> None:
+    """query (H, T, D) -> out (H, T, Dv), lse (H, T); `share` heads go together: R, or 1."""
+    ids, limits, raises = asked
     H, T, Dv = out.shape
     K = ids.shape[2]
     for task in numba.prange(H // share * T):
@@ -170,19 +177,19 @@ def _attend(  # type: ignore[no-untyped-def]
         group = first // R
         found = np.empty(share * K, np.int64)
         n = _union(ids[heads, t], found)
-        key_at = found[:n] * key_row + group * key_group
-        value_at = found[:n] * value_row + group * value_group
+        key_at = found[:n] * keys.row_stride + group * keys.group_stride
+        value_at = found[:n] * values.row_stride + group * values.group_stride
         weights = np.empty((n, share), np.float32)
-        _score(query[heads, t] * scale, keys, key_at, values, value_at, Dv, weights)
+        _score(query[heads, t] * scale, keys.flat, key_at, values.flat, value_at, Dv, weights)
         _cut(weights, limits[heads, t], raises)
         _softmax(weights, lse[heads, t])
         total = np.zeros((share, Dv), np.float32)
-        _add_values(weights, values, value_at, total)
+        _add_values(weights, values.flat, value_at, total)
         out[heads, t] = total
 
 
 @jit()
-def _union(ids, found):  # type: ignore[no-untyped-def]
+def _union(ids: Array, found: Array) -> int:
     """Write the distinct ids of (share, K) to `found`, in order of appearance; returns how many there are."""
     size = 16
     while size < 2 * found.size:
@@ -205,7 +212,7 @@ def _union(ids, found):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _score(query, keys, key_at, values, value_at, Dv, scores):  # type: ignore[no-untyped-def]
+def _score(query: Array, keys: Array, key_at: Array, values: Array, value_at: Array, Dv: int, scores: Array) -> None:
     """query (share, D), scaled; scores (n, share)."""
     share, D = query.shape
     n = key_at.size
@@ -224,11 +231,11 @@ def _score(query, keys, key_at, values, value_at, Dv, scores):  # type: ignore[n
 
 
 @jit()
-def _ask(rows, row_at, dim):  # type: ignore[no-untyped-def]
+def _ask(rows: Array, row_at: Array, dim: int) -> None:
     step = LINE // rows.itemsize
     for i in range(row_at.size):
         for d in range(0, dim, step):
-            _prefetch(rows, row_at[i] + d)  # type: ignore[call-arg]
+            _prefetch(rows, row_at[i] + d)
 
 
 # The loops below index with unsigned numbers: signed ones might count from the end, and testing for it stops
@@ -236,7 +243,7 @@ def _ask(rows, row_at, dim):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _score4(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
+def _score4(query: Array, keys: Array, key_at: Array, scores: Array) -> None:
     """Four queries at once: each element of a key is read and widened once."""
     q0, q1, q2, q3 = query[0], query[1], query[2], query[3]
     for i in range(key_at.size):
@@ -252,7 +259,7 @@ def _score4(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _score1(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
+def _score1(query: Array, keys: Array, key_at: Array, scores: Array) -> None:
     for i in range(key_at.size):
         at = np.uint64(key_at[i])
         total = np.float32(0)
@@ -262,7 +269,7 @@ def _score1(query, keys, key_at, scores):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _cut(scores, limits, raises):  # type: ignore[no-untyped-def]
+def _cut(scores: Array, limits: Array, raises: bool) -> None:
     """What is below its head's limit is raised to it, or else dropped; NaN stays."""
     for r in range(scores.shape[1]):
         limit = limits[r]
@@ -273,7 +280,7 @@ def _cut(scores, limits, raises):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _softmax(scores, lse):  # type: ignore[no-untyped-def]
+def _softmax(scores: Array, lse: Array) -> None:
     """scores (n, share) become weights in place; lse (share,)."""
     n, share = scores.shape
     for r in range(share):
@@ -294,7 +301,7 @@ def _softmax(scores, lse):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _add_values(weights, values, value_at, total):  # type: ignore[no-untyped-def]
+def _add_values(weights: Array, values: Array, value_at: Array, total: Array) -> None:
     """total (share, Dv) += weights (n, share) of the values."""
     share = total.shape[0]
     r = 0
@@ -307,7 +314,7 @@ def _add_values(weights, values, value_at, total):  # type: ignore[no-untyped-de
 
 
 @jit()
-def _add4(weights, values, value_at, total):  # type: ignore[no-untyped-def]
+def _add4(weights: Array, values: Array, value_at: Array, total: Array) -> None:
     """Two values to four heads at once; a last odd value is paired with itself, at weight zero."""
     t0, t1, t2, t3 = total[0], total[1], total[2], total[3]
     for i in range(0, value_at.size, 2):
@@ -327,7 +334,7 @@ def _add4(weights, values, value_at, total):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _add1(weights, values, value_at, total):  # type: ignore[no-untyped-def]
+def _add1(weights: Array, values: Array, value_at: Array, total: Array) -> None:
     for i in range(0, value_at.size, 2):
         j = min(i + 1, value_at.size - 1)
         x_at, y_at = np.uint64(value_at[i]), np.uint64(value_at[j])

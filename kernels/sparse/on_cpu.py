@@ -15,7 +15,7 @@ from retrieval_attn.kernels.sparse.lists import SparseIndex
 
 
 def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, scale: float, index: SparseIndex) -> AttentionState:
-    """Causal attention over listed keys, of CPU tensors; contract and checks: sparse.py."""
+    """Causal attention over listed keys, of CPU tensors; contract and checks: attend.py."""
     B, H, T, _ = query.shape
     # CPUs convert float16 faster than they compute with it.
     dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
@@ -41,9 +41,11 @@ class _Listed:
         self._arrays = tuple(x.numpy() for x in index[:4])
         self._past, self._rows, self._width, self._n_keys = past, index.rows, index.width, n_keys
         most = 0
-        for name, counts, x, size in (
-            ("n_blocks", index.n_blocks, index.blocks, index.width), ("n_columns", index.n_columns, index.columns, 1),
-        ):  # fmt: skip
+        lists = [
+            ("n_blocks", index.n_blocks, index.blocks, index.width),
+            ("n_columns", index.n_columns, index.columns, 1),
+        ]
+        for name, counts, x, size in lists:
             low, high = (int(n) for n in torch.aminmax(counts))
             if low < 0 or high > x.shape[3]:
                 raise ValueError(f"index.{name} must be between 0 and {x.shape[3]}, got {low} to {high}")

@@ -210,7 +210,7 @@ def _store_rows(
 
 
 def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, scale: float, index: SparseIndex) -> AttentionState:
-    """`sparse.attend_sparse`, which has checked that its arguments fit together, for at least one query.
+    """`attend.attend_sparse`, which has checked that its arguments fit together, for at least one query.
 
     Any strides do but between the elements of a row, which are copied to be neighbours if they are not; so are the
     tensors of the index.
@@ -225,12 +225,11 @@ def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, scale: float, ind
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
     strides = (stride for x in (query, keys, values) for stride in x.stride()[:3])
-    N, A, C = index.n_blocks.shape[2], index.blocks.shape[3], index.columns.shape[3]
+    sizes = H, H // G, T, S, index.n_blocks.shape[2], index.blocks.shape[3], index.columns.shape[3]
     with torch.cuda.device_of(query):
         _attend[triton.cdiv(T, constants["BLOCK_M"]), B * H](
-            query, keys, values, out, lse, *lists, *strides, scale / math.log(2), H, H // G, T, S, N, A, C,
-            **constants, **options,
-        )  # fmt: skip
+            query, keys, values, out, lse, *lists, *strides, scale / math.log(2), *sizes, **constants, **options
+        )
     return AttentionState(out, lse)
 
 

@@ -3,7 +3,7 @@
 "a_shape": the first tokens and the last ones. "vertical_slash": columns and diagonals of the attention matrix, seen in
 the exact attention of the last queries. "block_sparse": blocks whose mean key looks best to the run's mean query.
 What they list, they list for all runs of one call: the newest queries speak for those before them, so a long prompt is
-done in chunks. adaptive.py chooses sizes, and the pattern, by what a sample of the queries attends to.
+done in chunks. choose.py chooses sizes, and the pattern, by what a sample of the queries attends to.
 """
 
 from collections.abc import Sequence
