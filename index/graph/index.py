@@ -24,7 +24,7 @@ from retrieval_attn.index.graph.append import add_cells, links_below, with_room
 from retrieval_attn.index.graph.cells import Cells, grow_cells, joined, without
 from retrieval_attn.index.graph.links import link_cells
 from retrieval_attn.index.graph.metric import Metric, fit_metric
-from retrieval_attn.index.graph.search import N_FIRST, Graphs, search_graphs
+from retrieval_attn.index.graph.search import N_FIRST, search_graphs
 from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.over_keys import OverKeys
 from retrieval_attn.index.protocol import (
@@ -126,8 +126,8 @@ class GraphIndex(OverKeys[State]):
         ids = np.empty((n_heads, n_queries, batch.k), np.int32)
         scores = np.empty((n_heads, n_queries, batch.k), np.float32)
         visited = np.empty((n_heads, n_queries), np.int64)
-        graphs, queries = Graphs(cells, links, n_linked), lifted_queries(batch.queries, keys)
-        search_graphs(keys.flat, graphs, as_seeds(seeds, batch), queries, effort, ids, scores, visited)
+        asked = as_seeds(seeds, batch), lifted_queries(batch.queries, keys), effort
+        search_graphs(keys.flat, cells, links, n_linked, *asked, ids, scores, visited)
         return ids, scores, visited
 
     def _grow(self, keys: Keys) -> None:

@@ -1,6 +1,6 @@
 """Search of the trees and links of all heads of a layer in one call."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -26,21 +26,12 @@ OPTIMISM = 2.0
 AHEAD = 8
 
 
-class Graphs(NamedTuple):
-    """The graphs of all heads of a layer.
-
-    links: (G, capacity, M) int32, each list padded with -1 at its end. n_linked: keys after these are in no graph.
-    """
-
-    cells: Cells
-    links: Array
-    n_linked: int
-
-
 @jit(parallel=True)
 def search_graphs(
     keys: FlatKeys,
-    graphs: Graphs,
+    cells: Cells,
+    links: Array,
+    n_linked: int,
     seeds: Array,
     queries: Array,
     effort: int,
@@ -50,26 +41,37 @@ def search_graphs(
 ) -> None:
     """Search for each query among the linked keys; the queries of all heads are shared among the cores.
 
-    seeds: (G, N, n) ids, those below 0 skipped. queries: (G, N, E).
+    links: (G, capacity, M). seeds: (G, N, n) ids, those below 0 skipped. queries: (G, N, E).
     Writes ids, scores (G, N, k), best first, and visited (G, N).
     """
     n_heads, n_queries, _ = queries.shape
     for task in numba.prange(n_heads * n_queries):
         head, query = task // n_queries, task % n_queries
-        begin, asked, found = seeds[head, query], queries[head, query], (ids[head, query], scores[head, query])
-        visited[head, query] = search_one(of_head(keys, head), graphs, head, begin, asked, effort, found[0], found[1])
+        own, begin, asked = of_head(keys, head), seeds[head, query], queries[head, query]
+        found = ids[head, query], scores[head, query]
+        visited[head, query] = search_one(
+            own, cells, head, links[head], n_linked, begin, asked, effort, found[0], found[1]
+        )
 
 
 @jit()
 def search_one(
-    keys: HeadKeys, graphs: Graphs, head: int, seeds: Array, query: Array, effort: int, ids: Array, scores: Array
+    keys: HeadKeys,
+    cells: Cells,
+    head: int,
+    links: Array,
+    n_keys: int,
+    seeds: Array,
+    query: Array,
+    effort: int,
+    ids: Array,
+    scores: Array,
 ) -> int:
     """Find the keys of largest score. Returns the number of keys scored.
 
     First `seeds` and the keys of the most promising leaves are read. The beam holds the best `effort` keys so far;
     the search ends when the links of all of them were followed.
     """
-    cells, links, n_keys = graphs.cells, graphs.links[head], graphs.n_linked
     # One bit per key: at 128K keys 16 KB, which stay in the first-level cache and cost nothing to clear.
     marks = np.zeros((n_keys + 63) >> 6, np.uint64)
     beam = np.empty(effort, np.uint64)

@@ -87,8 +87,7 @@ def run(keys, tree, links, starts, q, effort, k=80, n_keys=None, bonus=None):
     bonus = np.empty(0, np.float32) if bonus is None else bonus
     starts = np.array(starts, np.int32)
     rows = HeadKeys(keys.ravel(), 0, keys.shape[1], bonus)
-    graphs = search.Graphs(tree, links[None], n_keys or len(keys))
-    n = search.search_one(rows, graphs, 0, starts, q, effort, ids, scores)
+    n = search.search_one(rows, tree, 0, links, n_keys or len(keys), starts, q, effort, ids, scores)
     return ids, scores, n
 
 
