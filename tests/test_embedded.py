@@ -52,10 +52,17 @@ def _tokenizer():
     return _tokenizer.made
 
 
-def test_graph_answers_from_anywhere_in_8k_tokens(llm, document_8k):
-    """30 questions, each asked of the document alone; top 100 keys per head of the far ones."""
+@pytest.fixture(scope="module")
+def has_read(llm, document_8k):
+    """A session that has read the document; fork it."""
     session = llm.session()
     session.read(document_8k.text)
+    return session
+
+
+def test_graph_answers_from_anywhere_in_8k_tokens(llm, document_8k, has_read):
+    """30 questions, each asked of the document alone; top 100 keys per head of the far ones."""
+    session = has_read.fork()
     answers, visited = [], []
     for fact in document_8k.facts:
         ids = llm.encode([{"role": "user", "content": f"{document_8k.text}\n\n{fact.question}"}])
@@ -67,18 +74,16 @@ def test_graph_answers_from_anywhere_in_8k_tokens(llm, document_8k):
     assert max(visited) < 0.6
 
 
-def test_several_turns_about_one_document(llm, document_8k):
-    session = llm.session()
-    session.read(document_8k.text)
+def test_several_turns_about_one_document(document_8k, has_read):
+    session = has_read.fork()
     asked = document_8k.facts[5:9]
     answers = [session.ask(fact.question, max_new_tokens=16).text.strip() for fact in asked]
     assert sum(answer == fact.answer for answer, fact in zip(answers, asked, strict=True)) >= 3
 
 
-def test_without_far_keys_it_cannot_know(llm, document_8k, monkeypatch):
+def test_without_far_keys_it_cannot_know(llm, document_8k, has_read, monkeypatch):
     """The tests above prove something: with the window alone, the same model fails."""
-    session = llm.session()
-    session.read(document_8k.text)
+    session = has_read.fork()
     monkeypatch.setattr("retrieval_attn.attention.decode.attend_found", _attend_to_nothing)
     asked = document_8k.facts[:10]
     answers = []

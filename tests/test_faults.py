@@ -81,7 +81,8 @@ def failing_builds(monkeypatch, kind, error):
 def start_child(function, folder):
     """Call a function of this file in a process of its own, with the folder of a model."""
     code = f"import test_faults; test_faults.{function.__name__}({str(folder)!r})"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    # One thread, as in these tests: beside another test two would wait for each other.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from laws import times
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_chat_model
 
@@ -596,7 +597,7 @@ def test_killed_at_any_instant_of_a_save(llm, folder, session, saved, grown, tmp
     with subprocess.Popen(
         list(map(str, command)), env=os.environ | threads, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as saver:
-        for _ in range(kills):
+        for _ in range(times(kills)):
             print(file=saver.stdin, flush=True)
             pid = int(saver.stdout.readline())
             time.sleep(rng.uniform(0.01, 0.2))

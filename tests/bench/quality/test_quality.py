@@ -244,7 +244,7 @@ def call(capsys, *words):
 SMOKE = {
     "needle": ["--depths", "3", "--plain"],
     "ruler": ["-t", "niah_single_1,vt,fwe"],
-    "scbench": ["-t", "mf,many_shot,mix_passkey"],
+    "scbench": ["-t", "many_shot,mix_passkey"],
     "compare": ["-t", "needle", "--method", "full,streaming,scan,scan:estimator=lift,offloaded"],
 }
 
@@ -255,16 +255,18 @@ def test_the_same_seed_gives_the_same_bytes(bench, capsys, tmp_path):
     if bench != "compare":
         words += ["--method", "full,graph,streaming"]
     outs = []
-    for i, form in enumerate(("md", "md", "json")):
+    for i in range(2):
         plot = ["--plot", str(tmp_path / f"{i}.png")] if i == 0 else []
+        form = "json" if bench == "needle" else "md"
         status, out, _ = call(capsys, *words, "-o", form, "--out", str(tmp_path / f"{i}.json"), *plot)
         assert status == 0
         outs.append(out)
     assert outs[0] == outs[1]
     # The file has the times, too.
-    assert json.loads((tmp_path / "0.json").read_text())["env"]["packages"]
+    report = json.loads((tmp_path / "0.json").read_text())
+    assert report["env"]["packages"]
     assert (tmp_path / "0.png").stat().st_size > 10_000
-    rows = json.loads(outs[2])["results"]
+    rows = report["results"]
     assert {row["status"] for row in rows} <= {"ok", "failed"}
     assert all(row["reason"] for row in rows if row["status"] != "ok")
 
