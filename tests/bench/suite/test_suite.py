@@ -17,6 +17,7 @@ def call(*words):
     return leaving.value.code or 0
 
 
+@pytest.mark.long
 def test_a_smoke_run_of_everything(tmp_path, capsys):
     folder = tmp_path / "new"
     assert call(folder, "-c", "1k", "--limit", "1") == 0
