@@ -1,8 +1,9 @@
 """Attention over a subset of the keys, and how two subsets become one.
 
 Softmax attention over disjoint sets of keys can be combined exactly from each set's output and the logarithm of its
-softmax denominator (Rabe and Staats 2021, arXiv 2112.05682). Once an `lse` is made only this file computes with it:
-others join states by `merge` and `AttentionState.beside`, and ask for shares of the mass.
+softmax denominator (Rabe and Staats 2021, arXiv 2112.05682). Once an `lse` is made only `merge` computes with it,
+here, in its Triton twin (gpu/merge.py) and in its definition (reference.py); others join states by `merge` and
+`AttentionState.beside`, and ask for shares of the mass.
 """
 
 import functools
