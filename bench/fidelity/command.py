@@ -1,6 +1,6 @@
 """`retrieval-attn bench fidelity`: attention outputs, head by head, beside exact attention; for any model and text."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -9,10 +9,6 @@ from retrieval_attn.bench.quality.options import ONE_TEXT, Asked, ExactConfig, K
 from retrieval_attn.bench.quality.runner import Output, exit_status
 from retrieval_attn.bench.shared.options import WholeModel, at_least
 from retrieval_attn.terminal.options import Fields, option, with_options
-
-if TYPE_CHECKING:
-    pass
-
 
 # The runtime keeps so many queries of the newest tokens.
 MOST_QUERIES = 256

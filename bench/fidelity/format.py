@@ -3,20 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retrieval_attn.bench.ppl.format import as_text, title
 from retrieval_attn.bench.shared.report import Report, Row, short, table
 
-if TYPE_CHECKING:
-    pass
-
-
 MEASURES = ("error", "mass", "recall", "planted")
 
-
 FIELDS = ("context", "method", "layer", "head", *MEASURES, "status", "reason")
-
 
 _COLUMNS = [
     ("context", "context", "{}"),

@@ -14,7 +14,7 @@ from retrieval_attn.bench.fidelity.held_out import Held
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.named import OURS, Method
 from retrieval_attn.bench.methods.talk import Read
-from retrieval_attn.bench.ppl.measure import run
+from retrieval_attn.bench.ppl.measure import run, scanned_note
 from retrieval_attn.bench.ppl.reading import require_room, text_ids
 from retrieval_attn.bench.quality.options import Settings
 from retrieval_attn.bench.quality.runner import Output, load_llm, parse_methods, read_haystack
@@ -30,15 +30,14 @@ def measure(settings: Settings, output: Output) -> Report:
     text = read_haystack(settings.text)
     load = _load_random if settings.options["random"] else load_llm
     report = run(settings, output, partial(_begin, settings, text), load)
-    report["notes"] += NOTES
+    report["notes"] += [MEASURES_NOTE, scanned_note(settings.config)]
     return report
 
 
-NOTES = [
+MEASURES_NOTE = (
     "means over queries; error: relative L2, to exact float32 attention over the same keys; mass: true share of what "
-    "was read; recall: of the best keys that a search could find; planted: found, of keys put there to be the best",
-    "far contexts shorter than exact_below (2048) are scanned exactly, whatever the index",
-]
+    "was read; recall: of the best keys that a search could find; planted: found, of keys put there to be the best"
+)
 
 
 def _require_finders(methods: Sequence[Method]) -> None:

@@ -1,6 +1,6 @@
 """How likely a text is after another, and answers that end at stop strings: what evaluation harnesses ask a model for.
 
-Every request is answered as if it were the only one. Nothing here knows a harness; `harness.py` brings them together.
+Every request is answered as if it were the only one. Nothing here knows a harness; `command.py` brings them together.
 """
 
 import logging

@@ -12,11 +12,14 @@ METHODS = (*STOCK, *OURS)
 
 WEIGHTS = ("int8", "int4")
 
+# Of quantised keys and values.
+BITS = ("2", "4", "8")
+
 # Options of methods beside the words of `RetrievalConfig`, and which methods take them.
 _OTHER = {
-    "weights": Word("weights", "weights", "str", "auto", ("auto", *WEIGHTS), "Weights are quantised so.", ""),
-    "bits": Word("bits", "bits", "int", 4, (), "Keys and values have this many bits.", ""),
-    "backend": Word("backend", "backend", "str", "hqq", (), "This library quantises keys and values.", ""),
+    "weights": Word("weights", "weights", "str", "auto", ("auto", *WEIGHTS), "", ""),
+    "bits": Word("bits", "bits", "str", "4", BITS, "", ""),
+    "backend": Word("backend", "backend", "str", "hqq", (), "", ""),
 }
 _TAKERS = {"weights": (*OURS, *STOCK), "bits": ("quantized",), "backend": ("quantized",)}
 

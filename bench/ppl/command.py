@@ -1,20 +1,14 @@
 """`retrieval-attn bench ppl`: how well each method foretells a long text, and how far from full attention it is."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from retrieval_attn.bench.ppl.format import plot_lines, render
 from retrieval_attn.bench.quality.options import ONE_TEXT, Asked, ExactConfig, KeptReport, make_settings
-from retrieval_attn.bench.quality.runner import (
-    Output,
-    exit_status,
-)
+from retrieval_attn.bench.quality.runner import Output, exit_status
 from retrieval_attn.bench.shared.options import WholeModel, at_least
 from retrieval_attn.terminal.options import Fields, option, with_options
-
-if TYPE_CHECKING:
-    pass
 
 
 @with_options

@@ -1,14 +1,9 @@
 """Reports of `bench ppl` as Markdown, JSON, CSV or a picture; and what other reports about one text share."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from retrieval_attn.bench.shared.machine import machine_note
 from retrieval_attn.bench.shared.report import Report, as_csv, as_json, bullets, reasons, short, table
-
-if TYPE_CHECKING:
-    pass
-
 
 _COLUMNS = [
     ("context", "context", "{}"),

@@ -10,16 +10,11 @@ from retrieval_attn.bench.methods.named import Method, parse_method
 from retrieval_attn.bench.ppl.reading import Foretelling, Task, left_to_do, read_and_measure, require_room, text_ids
 from retrieval_attn.bench.quality.options import Settings
 from retrieval_attn.bench.quality.run import collect
-from retrieval_attn.bench.quality.runner import (
-    Output,
-    as_report,
-    load_llm,
-    parse_methods,
-    read_haystack,
-)
+from retrieval_attn.bench.quality.runner import Output, as_report, load_llm, parse_methods, read_haystack
 from retrieval_attn.bench.shared import machine
 from retrieval_attn.bench.shared.bars import bar, say
 from retrieval_attn.bench.shared.report import Report
+from retrieval_attn.config import RetrievalConfig
 
 
 def measure(settings: Settings, output: Output) -> Report:
@@ -35,21 +30,23 @@ def measure(settings: Settings, output: Output) -> Report:
         return ids, Foretelling(bench, ids, stretch, parse_method("full", methods[0].config))
 
     report = run(settings, output, begin)
-    report["notes"] += NOTES
+    report["notes"] += [AGREEMENT, scanned_note(settings.config)]
     return report
 
 
-NOTES = [
-    "agreement: tokens whose likeliest one is full attention's; KL: from full attention, nats per token",
-    "far contexts shorter than exact_below (2048) are scanned exactly, whatever the index",
-]
+AGREEMENT = "agreement: tokens whose likeliest one is full attention's; KL: from full attention, nats per token"
+
+
+def scanned_note(config: RetrievalConfig) -> str:
+    """What a report says of short contexts."""
+    return f"far contexts shorter than exact_below ({config.exact_below}) are scanned exactly, whatever the index"
 
 
 Begin = Callable[[Bench, Sequence[Method]], tuple[list[int], Task]]
 
 
 def run(settings: Settings, output: Output, begin: Begin, load: Callable[[Settings], Any] = load_llm) -> Report:
-    """Load the model, run a task over one text, report; returns what `quality.run` does.
+    """Load the model, run a task over one text, report; returns what `quality.runner.run` does.
 
     begin: the text's token ids, and the task. Raises ValueError for an unknown method before the model is loaded.
     """

@@ -95,7 +95,7 @@ class Settings:
 def make_settings(bench: str, asked: Asked, model: WholeModel, config: RetrievalConfig, **options: Any) -> Settings:
     """Settings from what the command line gave; ValueError in one line for what cannot be.
 
-    Methods are checked when a model's config is at hand, see `methods.parse_method`.
+    Methods are checked when a model's config is at hand, see `methods.named.parse_method`.
     """
     names = tuple(dict.fromkeys(part for part in asked.method.replace(" ", "").split(",") if part))
     if not names:

@@ -103,7 +103,7 @@ def load_llm(settings: Settings, weights: str = "auto") -> Any:
 
 
 def read_haystack(path: str | None) -> str | None:
-    """The text of --text. Raises ValueError or OSError in one line, see `chat.read_text`."""
+    """The text of --text. Raises ValueError or OSError in one line, see `terminal.files.read_text`."""
     if path is None:
         return None
     from retrieval_attn.terminal.files import read_text

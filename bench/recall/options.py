@@ -69,8 +69,8 @@ class Asked:
 class Options:
     """One sweep: every source, context and seed, with every method at every effort.
 
-    sources: as `bench.vectors.vectors` takes them; "real" is every layer. efforts: by method, instead of its ladder.
-    queries: held-out queries per head. capture: a file of real vectors, written if it is not there.
+    sources: as `bench.vectors.sources.vectors` takes them; "real" is every layer. efforts: by method, instead of its
+    ladder. queries: held-out queries per head. capture: a file of real vectors, written if it is not there.
     """
 
     sources: tuple[str, ...]

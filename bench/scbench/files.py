@@ -1,7 +1,7 @@
 """SCBench's published files (arXiv 2412.10319) as examples: JSON lines of one task, each a context and turns about it.
 
 Templates, scorers and budgets are those of the published harness where it uses a chat template. Three things are ours:
-contexts and questions are joined as in `scbench_tasks.py`; of mixed tasks only the turns are asked that need neither
+contexts and questions are joined as in `tasks.py`; of mixed tasks only the turns are asked that need neither
 ROUGE nor code to judge them; and a text as answer is one reference, where the harness takes each of its letters for one
 in ICL.ManyShot and Zh.QA.
 """

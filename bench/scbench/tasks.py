@@ -3,7 +3,7 @@
 Constructions follow the paper and, where it built on them, InfiniteBench and RULER; templates and budgets are those of
 the published harness. Two things are ours: both modes read one context, as the harness has it for many turns (for many
 requests it leaves the blank line behind the context away, and begins Math.Find otherwise); and prose stands in for code
-and documents in the mixed tasks, of which only the halves without a download are made. `scbench_data.py` reads the
+and documents in the mixed tasks, of which only the halves without a download are made. `files.py` reads the
 published files.
 """
 

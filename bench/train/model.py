@@ -34,13 +34,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    plant_localproject_heads(model)
+    plant_local_heads(model)
     silence_middle_pairs(model)
     return model
 
 
 @torch.no_grad()
-def plant_localproject_heads(model: Qwen2ForCausalLM, strength: float = 6.0) -> None:
+def plant_local_heads(model: Qwen2ForCausalLM, strength: float = 6.0) -> None:
     """Turn query head 0 of layer 0 to the previous token, and heads 1 and 3 to the last hundred, through biases alone.
 
     On chosen rotary pairs every key starts as (strength, 0), and every query as the same vector turned back by one

@@ -22,7 +22,7 @@ class Stage:
     """Train at one length until the moving accuracy passes `goal` (and at least `min_steps`) or `max_steps` are done.
 
     kind: "repeats" (random tokens), "dialogue" (full back-propagation), "context" (through the questions only). forms:
-    the share of dialogues in the words of RULER, SCBench and needle tests, see train_forms.py.
+    the share of dialogues in the words of RULER, SCBench and needle tests, see forms.py.
     """
 
     kind: str

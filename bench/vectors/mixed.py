@@ -22,7 +22,7 @@ from retrieval_attn.bench.vectors.shaped import shaped
 
 class Mix(NamedTuple):
     """heads: share of the heads that are such. The rest: shares of a query's mass, in the mean. retrieval: as in
-    `vectors_shaped.shaped`, an earlier token that no pattern tells."""
+    `shaped.shaped`, an earlier token that no pattern tells."""
 
     heads: float
     sink: float

@@ -1,6 +1,6 @@
 """Queries, keys and values of a whole prompt, for what attends to all of it: sparse prefill and its rivals.
 
-`vectors.py` keeps what an index sees of a layer, the far keys and a sample of the queries. Here is a query at every
+`sources.py` keeps what an index sees of a layer, the far keys and a sample of the queries. Here is a query at every
 position and no token is left out.
 """
 
@@ -36,10 +36,10 @@ def prefill_vectors(
     source:
     - "real:<layer>": what that layer of the embedded model is given while it reads a document with facts in it. It has
       the H, G and D that it has; those asked for play no part.
-    - "shaped": `vectors_shaped.shaped`, asked at every position. Every query retrieves an earlier token of its own, and
+    - "shaped": `shaped.shaped`, asked at every position. Every query retrieves an earlier token of its own, and
       nothing else: no sink, no neighbourhood. The hardest prompt there is for a pattern.
     - "shaped_mixed": heads that also look at the first tokens, nearby, along columns, diagonals and passages, in the
-      shares of `vectors_mixed.MIXES`.
+      shares of `mixed.MIXES`.
     H query heads over G KV heads of dimension D, a multiple of 16; of "shaped_mixed" a multiple of 32 from 64 on.
     Raises ValueError for an unknown source and for shapes that no layer has.
     """
@@ -81,7 +81,7 @@ class _Reader:
 
 
 def _read_document(layer: int, S: int, seed: int, dtype: torch.dtype) -> Prompt:
-    """The document is the one that `vectors_capture.capture` has read for as many tokens."""
+    """The document is the one that `capture.capture` has read for as many tokens."""
     llm = load(None, device="cpu")
     n_layers = llm.model.config.num_hidden_layers
     if layer >= n_layers:

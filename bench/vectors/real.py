@@ -1,6 +1,6 @@
 """Keys, values and queries that the attention layers of a real model were given: what a capture holds, and its file.
 
-`vectors_capture.py` makes one.
+`capture.py` makes one.
 """
 
 import json

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from retrieval_attn.terminal.shown import count
+
 if TYPE_CHECKING:
     from retrieval_attn import generate
     from retrieval_attn.session import Session
-from retrieval_attn.terminal.shown import count
 
 # Prompts shorter than the first are read without a bar; longer than the second, with a word about memory.
 BAR_TOKENS, PLAN_TOKENS = 256, 4096

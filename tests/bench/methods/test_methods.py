@@ -144,7 +144,7 @@ def test_hnsw_finds_old_keys_and_new_ones():
         ("graph:top_k=3:top_k=4", "top_k is given twice, as 3 and as 4"),
         ("graph:n_local=lots", "n_local must be tokens such as 8k, 1m or 5000, got 'lots'"),
         ("graph:top_k=0", "top_k must be an integer of at least 1, got 0"),
-        ("quantized:bits=x", "bits must be a whole number such as 100, got 'x'"),
+        ("quantized:bits=x", "bits must be one of '2', '4', '8', got 'x'"),
         ("full:weights=int3", "weights must be one of 'auto', 'int8', 'int4', got 'int3'"),
     ],
 )
