@@ -7,8 +7,9 @@ UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 # What a wrong number should have looked like.
 NUMBER, TOKENS, BYTES = "a whole number such as 100", "tokens such as 8k, 1m or 5000", "bytes such as 24g, 1.5g or 800m"
 
-# A fraction needs a unit: half a byte is nothing.
-_COUNT = re.compile(r"([+-]?\d+)([kmg]?)|([+-]?\d+\.\d+)([kmg])", re.ASCII)
+# A fraction needs a unit: half a byte is nothing. Bytes may also be 2e9, .5g or 4.g.
+_COUNT = re.compile(r"[+-]?(\d+[kmg]?|\d+\.\d+[kmg])", re.ASCII)
+_BYTES = re.compile(r"[+-]?(\d+[kmg]?|(\d+\.?\d*|\.\d+)(e\+?\d{1,2}[kmg]?|[kmg]))", re.ASCII)
 
 
 def parse_count(text: str, name: str, like: str = NUMBER) -> int:
@@ -16,11 +17,13 @@ def parse_count(text: str, name: str, like: str = NUMBER) -> int:
 
     name, like: what the option is called and what it takes, for the error. Raises ValueError in one line.
     """
-    found = _COUNT.fullmatch(text.strip().lower())
-    if found is None:
+    said = text.strip().lower()
+    if not (_BYTES if like == BYTES else _COUNT).fullmatch(said):
         raise ValueError(f"{name} must be {like}, got {text!r}")
-    whole, unit, fraction, its_unit = found.groups()
-    return int(whole) * UNITS[unit] if fraction is None else int(float(fraction) * UNITS[its_unit])
+    number = said.rstrip("kmg")
+    unit = UNITS[said[len(number) :]]
+    # A float would round what is above 2 ** 53.
+    return int(number) * unit if number.lstrip("+-").isdecimal() else int(float(number) * unit)
 
 
 def parse_bytes(text: str, name: str) -> int:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.terminal.option_language import words_of
 from retrieval_attn.terminal.units import parse_bytes, parse_count, parse_length, parse_lengths
 
 
@@ -14,13 +16,25 @@ def test_numbers(text, number):
     assert parse_count(text, "x") == number
 
 
-@pytest.mark.parametrize("text", ["", "k", "1.5", "1e3", "nan", "inf", "8kb", "1 000", "\u0661k", "0x10", "1_000"])
+@pytest.mark.parametrize(
+    "text", ["", "k", "1.5", "1e3", "nan", "inf", "8kb", "1 000", ".5k", "4.k", "\u0661k", "0x10", "1_000"]
+)
 def test_what_is_no_number(text):
     with pytest.raises(ValueError, match="x must be a whole number such as 100, got "):
         parse_count(text, "x")
 
 
-@pytest.mark.parametrize("bad", ["", "g", "-1g", "nan", "1e400"])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("2e9", 2 * 10**9), ("2E+9", 2 * 10**9), (".5g", 1 << 29), ("4.g", 4 << 30), ("1.5e3k", 1500 << 10), ("0", 0),
+     ("9007199254740993", 2**53 + 1)],
+)  # fmt: skip
+def test_bytes_are_also_written_as_floats(text, number):
+    assert parse_bytes(text, "--x") == number
+    assert words_of(RetrievalConfig)["max_host_bytes"].parse(text) == number
+
+
+@pytest.mark.parametrize("bad", ["", "g", "-1g", "-2e9", "nan", "1e400", ".", ".g", "e9", "4.", "2e-9", "0x10"])
 def test_bytes(bad):
     assert parse_bytes("0", "--x") == 0
     assert parse_bytes("1.5G", "--x") == 3 << 29
