@@ -199,7 +199,12 @@ def _info(parameter: inspect.Parameter) -> Any:
 
 
 def _joined(first: inspect.Parameter, second: inspect.Parameter) -> inspect.Parameter:
-    """One option for two dataclasses, such as the seed of index builds and of draws; it says what it is for either."""
+    """One option for two dataclasses, such as the seed of index builds and of draws; it says what it is for either.
+
+    Raises ValueError for a command whose dataclasses begin with different values: one option can show but one.
+    """
+    if first.default != second.default:
+        raise ValueError(f"{first.name} has two defaults in one command, {first.default!r} and {second.default!r}")
     info = copy(_info(first))
     info.help = f"{info.help} {_info(second).help}"
     return first.replace(annotation=Annotated[get_args(first.annotation)[0], info])

@@ -159,6 +159,14 @@ def test_the_help_of_an_option_is_the_first_sentence_and_the_default():
     assert help_of(words_of(RetrievalConfig)["kv_dtype"]).endswith("in half the memory: auto or int8.")
 
 
+def test_dataclasses_that_share_an_option_agree_on_its_default():
+    def command(config: RetrievalConfig, sampling: Annotated[Sampling, Fields(seed=7)]):
+        """Do it."""
+
+    with pytest.raises(ValueError, match="seed has two defaults in one command, '0' and '7'"):
+        with_options(command)
+
+
 def test_options_of_other_dataclasses_say_what_they_are():
     @dataclasses.dataclass(frozen=True)
     class Tea:
