@@ -147,7 +147,11 @@ def demo(
     questions: Annotated[int, option("Facts asked for.", "--questions")] = 3,
 ) -> None:
     """Hide facts in a long document, ask for them, and compare with full attention in stock transformers."""
-    length, console = parse_length(tokens, "--tokens"), Console()
+    from retrieval_attn.bench.shared.options import at_least
+
+    # A shorter document is not worth it.
+    length, console = parse_length(tokens, "--tokens", least=2048), Console()
+    at_least(questions, 1, "--questions")
     with waiting(console, "importing"):
         quiet_transformers()
         from retrieval_attn.bench.demo import run_demo

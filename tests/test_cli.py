@@ -107,6 +107,8 @@ def test_defaults_in_the_help_are_those_of_the_config():
         (["estimate", "--device-memory", "-1g"], "--device-memory must be bytes such as 24g"),
         (["estimate", "-c", "8x"], "--context must be tokens such as 8k, 1m or 5000, got '8x'"),
         (["demo", "--tokens", "few"], "--tokens must be tokens such as 8k"),
+        (["demo", "--tokens", "5"], "--tokens must be at least 2048, got '5'"),
+        (["demo", "--questions", "0"], "--questions must be at least 1, got 0"),
         (["search-patterns", "--text", "x", "-o", "x.json", "--tokens", "2047"], "--tokens must be at least 2048"),
     ],
 )
