@@ -12,7 +12,8 @@ from retrieval_attn.bench.fidelity.format import FIELDS, MEASURES
 from retrieval_attn.bench.fidelity.heads import find_planted, hold_out, layers_and_heads, measure_cache
 from retrieval_attn.bench.fidelity.held_out import Held
 from retrieval_attn.bench.methods.bench import Bench
-from retrieval_attn.bench.methods.named import OURS, Method
+from retrieval_attn.bench.methods.named import Method
+from retrieval_attn.bench.methods.names import OURS
 from retrieval_attn.bench.methods.talk import Read
 from retrieval_attn.bench.ppl.measure import run, scanned_note
 from retrieval_attn.bench.ppl.reading import require_room, text_ids

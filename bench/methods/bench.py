@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from retrieval_attn.bench.methods.named import OURS, Method
+from retrieval_attn.bench.methods.named import Method
+from retrieval_attn.bench.methods.names import OURS
 from retrieval_attn.bench.methods.ours import start_ours
 from retrieval_attn.bench.methods.stock import start_stock
 from retrieval_attn.bench.methods.talk import Read, Talk

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
+from retrieval_attn.bench.methods.names import METHODS, OURS, STOCK
+from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.hf.cache import KEPT_BY_FORKS
 from retrieval_attn.terminal.option_language import Word, parse_pairs, unknown, words_of
-
-OURS = (*INDEX_KINDS, "hnsw")
-STOCK = ("full", "folded", "streaming", "offloaded", "quantized")
-METHODS = (*STOCK, *OURS)
 
 WEIGHTS = ("int8", "int4")
 

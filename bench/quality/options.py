@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from retrieval_attn.bench.methods.names import METHODS
 from retrieval_attn.bench.shared.options import (
     Context,
     ReportTo,
@@ -14,7 +15,7 @@ from retrieval_attn.bench.shared.options import (
     config_as_dict,
 )
 from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.terminal.option_language import unknown
+from retrieval_attn.terminal.option_language import unknown, words_of
 from retrieval_attn.terminal.options import Fields, option
 from retrieval_attn.terminal.units import parse_lengths
 
@@ -97,7 +98,7 @@ def make_settings(bench: str, asked: Asked, model: WholeModel, config: Retrieval
 
     Methods are checked when a model's config is at hand, see `methods.named.parse_method`.
     """
-    names = tuple(dict.fromkeys(part for part in asked.method.replace(" ", "").split(",") if part))
+    names = split_methods(asked.method)
     if not names:
         raise ValueError("--method names no method; give at least one, as in --method full,scan")
     return Settings(
@@ -113,6 +114,25 @@ def make_settings(bench: str, asked: Asked, model: WholeModel, config: Retrieval
         dtype=model.dtype,
         options=options,
     )
+
+
+def split_methods(text: str) -> tuple[str, ...]:
+    """Methods from a list, each once. A comma may stand in a free text, as in scan:kv_dir=/a,b: what follows is a
+    method if it begins with the name of one."""
+    found: list[str] = []
+    for part in text.split(","):
+        if part.strip() and found and _ends_in_text(found[-1]) and part.split(":")[0].strip() not in METHODS:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return tuple(dict.fromkeys(part.strip() for part in found if part.strip()))
+
+
+def _ends_in_text(method: str) -> bool:
+    """Whether the last option of a method takes any text."""
+    name, equals, _ = method.rpartition(":")[2].partition("=")
+    word = words_of(RetrievalConfig).get(name)
+    return bool(equals) and word is not None and word.kind == "str" and not word.allowed
 
 
 def parse_tasks(text: str, allowed: Sequence[str], groups: dict[str, Sequence[str]]) -> list[str]:

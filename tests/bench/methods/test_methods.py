@@ -13,7 +13,8 @@ from transformers import DynamicCache
 import retrieval_attn as ra
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.faiss_rivals import FrozenIndex
-from retrieval_attn.bench.methods.named import METHODS, parse_method
+from retrieval_attn.bench.methods.named import parse_method
+from retrieval_attn.bench.methods.names import METHODS
 from retrieval_attn.bench.methods.streaming import StreamingLayer
 from retrieval_attn.bench.methods.talk import bytes_of
 from retrieval_attn.config import RetrievalConfig

@@ -22,6 +22,26 @@ def test_methods_begin_with_the_config():
     assert graph.config == replace(CONFIG, n_local=1024, top_k=7, index="graph")
 
 
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ("scan:kv_dir=/a,b", ("scan:kv_dir=/a,b",)),
+        ("full, scan:kv_dir=/my files,b , graph:top_k=7,full,", ("full", "scan:kv_dir=/my files,b", "graph:top_k=7")),
+        ("scan:kv_dir=/a,b:top_k=7,streaming:n_local=1k", ("scan:kv_dir=/a,b:top_k=7", "streaming:n_local=1k")),
+        # A slip is still that of a method's name.
+        ("graph:top_k=7,scna", ("graph:top_k=7", "scna")),
+        ("graph:estimator=topk,scna", ("graph:estimator=topk", "scna")),
+    ],
+)
+def test_a_comma_may_stand_in_a_text(text, methods):
+    assert settings(method=text).methods == methods
+
+
+def test_a_folder_keeps_its_commas_and_blanks():
+    scan, full = parse_methods(settings(method="scan:kv_dir=/my files,b:top_k=7,full"))
+    assert (scan.config.kv_dir, scan.config.top_k, full.name) == ("/my files,b", 7, "full")
+
+
 def test_the_report_has_the_options_and_what_else_was_changed():
     plain = settings().as_dict()
     assert plain | {"top_k": 20, "followup": "retrieve", "seed": 3, "threads": 2, "tasks": ["vt"]} == plain
