@@ -52,7 +52,7 @@ class Question(NamedTuple):
 
 
 @dataclass
-class Report:
+class Side:
     """What one side did. Seconds are wall clock, bytes are bytes.
 
     read_ids: the tokens read before any question. ttft_s: one entry per question, from asking to its first token.
@@ -124,40 +124,40 @@ def _ids(llm: LLM, doc: Document, fact: Fact) -> list[int]:
     return llm.encode([{"role": "user", "content": f"{doc.text}\n\n{fact.question}"}])
 
 
-def ask_retrieval(llm: LLM, text: str, questions: Sequence[Question], console: Console) -> Report:
+def ask_retrieval(llm: LLM, text: str, questions: Sequence[Question], console: Console) -> Side:
     """Our side: read the document, index it, answer each question from the document's cache."""
-    report, session = Report(), llm.session()
+    side, session = Side(), llm.session()
     try:
         with PhaseBar(console, session) as bar:
             started = time.perf_counter()
-            report.prefill_read = session.read(text, on_progress=bar).prefill_read
-            report.read_s = time.perf_counter() - started
+            side.prefill_read = session.read(text, on_progress=bar).prefill_read
+            side.read_s = time.perf_counter() - started
             wait_for_indexes(session, bar)
-            report.index_s = time.perf_counter() - started - report.read_s
-        report.read_ids = session.token_ids
+            side.index_s = time.perf_counter() - started - side.read_s
+        side.read_ids = session.token_ids
         for question in questions:
             _announce(console, question)
-            report.answers.append(_answer(session, question, report, console))
+            side.answers.append(_answer(session, question, side, console))
     finally:
         session.cache.cancel_builds()
-    report.process_bytes = psutil.Process().memory_info().rss
-    return report
+    side.process_bytes = psutil.Process().memory_info().rss
+    return side
 
 
-def _answer(session: Session, question: Question, report: Report, console: Console) -> str:
+def _answer(session: Session, question: Question, side: Side, console: Console) -> str:
     """The session goes back to the document by itself: only what follows the common prefix is run."""
     started = time.perf_counter()
     for i, piece in enumerate(session.stream_answer(question.ids, max_new_tokens=MOST_NEW_TOKENS)):
         if i == 0:
-            report.ttft_s.append(time.perf_counter() - started)
+            side.ttft_s.append(time.perf_counter() - started)
         console.out(piece, end="", highlight=False)
     console.print()
     assert session.last is not None
     stats = session.last.stats
-    report.steps_s += stats.itl_s
-    report.visited.append(stats.visited_fraction)
-    report.device_bytes, report.host_bytes = stats.device_kv_bytes, stats.host_kv_bytes
-    report.index_bytes = stats.index_bytes
+    side.steps_s += stats.itl_s
+    side.visited.append(stats.visited_fraction)
+    side.device_bytes, side.host_bytes = stats.device_kv_bytes, stats.host_kv_bytes
+    side.index_bytes = stats.index_bytes
     return session.last.text.strip()
 
 
@@ -169,32 +169,32 @@ def ask_full_attention(
     stop_ids: Sequence[int],
     tokenizer: Any,
     console: Console,
-) -> Report:
+) -> Side:
     """The other side: stock transformers with sdpa, the same ids, a cache that goes back between questions."""
-    report = Report(read_ids=common_prefix([read_ids, *(question.ids for question in questions)]), visited=[1.0])
+    side = Side(read_ids=common_prefix([read_ids, *(question.ids for question in questions)]), visited=[1.0])
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", dtype="auto").eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    n_read = len(report.read_ids)
-    _greedy(model, DynamicCache(config=model.config), read_ids[:WARM_UP_TOKENS], stop_ids, Report())
+    n_read = len(side.read_ids)
+    _greedy(model, DynamicCache(config=model.config), read_ids[:WARM_UP_TOKENS], stop_ids, Side())
     cache = DynamicCache(config=model.config)
     with console.status(f"full attention reads the same {count(n_read)} tokens, in one pass"):
         started = time.perf_counter()
-        model.base_model(input_ids=_row(report.read_ids, model), **cache_argument(cache), use_cache=True)
-        report.read_s = time.perf_counter() - started
-    _say(console, f"full attention read {count(n_read)} tokens in {report.read_s:.1f} s")
+        model.base_model(input_ids=_row(side.read_ids, model), **cache_argument(cache), use_cache=True)
+        side.read_s = time.perf_counter() - started
+    _say(console, f"full attention read {count(n_read)} tokens in {side.read_s:.1f} s")
     for question in questions:
         _announce(console, question)
-        answer = _greedy(model, cache, question.ids[n_read:], stop_ids, report)
-        report.answers.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
-        console.out(f" {report.answers[-1]}", highlight=False)
+        answer = _greedy(model, cache, question.ids[n_read:], stop_ids, side)
+        side.answers.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+        console.out(f" {side.answers[-1]}", highlight=False)
         cache.crop(n_read - cache.get_seq_length())
-    report.device_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    report.process_bytes = psutil.Process().memory_info().rss
-    return report
+    side.device_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    side.process_bytes = psutil.Process().memory_info().rss
+    return side
 
 
-def _greedy(model: Any, cache: DynamicCache, ids: list[int], stop_ids: Sequence[int], report: Report) -> list[int]:
-    """The likeliest tokens after `ids`, up to and with a stop token; their times go into the report."""
+def _greedy(model: Any, cache: DynamicCache, ids: list[int], stop_ids: Sequence[int], side: Side) -> list[int]:
+    """The likeliest tokens after `ids`, up to and with a stop token; their times go into `side`."""
     answer: list[int] = []
     started = time.perf_counter()
     while not answer or (answer[-1] not in stop_ids and len(answer) < MOST_NEW_TOKENS):
@@ -202,7 +202,7 @@ def _greedy(model: Any, cache: DynamicCache, ids: list[int], stop_ids: Sequence[
         logits = model(input_ids=new, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits
         answer.append(int(logits[0, -1].argmax()))
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        (report.steps_s if len(answer) > 1 else report.ttft_s).append(seconds)
+        (side.steps_s if len(answer) > 1 else side.ttft_s).append(seconds)
     return answer
 
 
@@ -218,7 +218,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     return list(first[:end])
 
 
-def comparison(ours: Report, full: Report, questions: Sequence[Question]) -> Table:
+def comparison(ours: Side, full: Side, questions: Sequence[Question]) -> Table:
     """Both sides in one table."""
     table = Table(title=f"the same {count(len(full.read_ids))} tokens, the same {len(questions)} questions")
     table.add_column("")
@@ -229,19 +229,19 @@ def comparison(ours: Report, full: Report, questions: Sequence[Question]) -> Tab
     return table
 
 
-def _first(report: Report, questions: Sequence[Question]) -> str:
-    return f"{report.read_s + (report.index_s or 0) + report.ttft_s[0]:.1f} s"
+def _first(side: Side, questions: Sequence[Question]) -> str:
+    return f"{side.read_s + (side.index_s or 0) + side.ttft_s[0]:.1f} s"
 
 
-def _next(report: Report, questions: Sequence[Question]) -> str:
-    return f"{statistics.median(report.ttft_s[1:]):.2f} s" if len(questions) > 1 else "-"
+def _next(side: Side, questions: Sequence[Question]) -> str:
+    return f"{statistics.median(side.ttft_s[1:]):.2f} s" if len(questions) > 1 else "-"
 
 
-def _step(report: Report, questions: Sequence[Question]) -> str:
-    return f"{1000 * statistics.median(report.steps_s):.1f} ms" if report.steps_s else "-"
+def _step(side: Side, questions: Sequence[Question]) -> str:
+    return f"{1000 * statistics.median(side.steps_s):.1f} ms" if side.steps_s else "-"
 
 
-ROWS: dict[str, Callable[[Report, Sequence[Question]], str]] = {
+ROWS: dict[str, Callable[[Side, Sequence[Question]], str]] = {
     "answers right": lambda side, asked: f"{n_right(side, asked)} of {len(asked)}",
     "first token, first question (reads all)": _first,
     "first token, next questions (median)": _next,
@@ -257,12 +257,12 @@ ROWS: dict[str, Callable[[Report, Sequence[Question]], str]] = {
 }
 
 
-def n_right(report: Report, questions: Sequence[Question]) -> int:
+def n_right(side: Side, questions: Sequence[Question]) -> int:
     """Answers that are the fact's value, to the letter."""
-    return sum(answer == asked.fact.answer for answer, asked in zip(report.answers, questions, strict=True))
+    return sum(answer == asked.fact.answer for answer, asked in zip(side.answers, questions, strict=True))
 
 
-def verdict(ours: Report, questions: Sequence[Question], console: Console) -> int:
+def verdict(ours: Side, questions: Sequence[Question], console: Console) -> int:
     """Exit status: 0 if every answer of ours is right; the wrong ones are named."""
     for answer, (fact, depth, _) in zip(ours.answers, questions, strict=True):
         if answer != fact.answer:

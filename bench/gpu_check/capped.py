@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import retrieval_attn
-from retrieval_attn.bench.gpu_check.cases import GIB, Case, Rates, config_of, why_skipped
+from retrieval_attn.bench.gpu_check.cases import GIB, CappedCase, Rates, config_of, why_skipped
 from retrieval_attn.bench.gpu_check.end_to_end import random_ids
 from retrieval_attn.bench.gpu_check.planned import Planned, allocatable, planned, weight_bytes
 from retrieval_attn.bench.shared.failures import Failing
@@ -41,7 +41,7 @@ class Loaded(NamedTuple):
     load: Row
 
 
-def load(make: Callable[[], LlamaForCausalLM], device: str, cases: tuple[Case, ...]) -> Loaded:
+def load(make: Callable[[], LlamaForCausalLM], device: str, cases: tuple[CappedCase, ...]) -> Loaded:
     """Make the model under the smallest cap of all cases."""
     before = _resident_bytes()
     phases: Row = {}
@@ -52,7 +52,7 @@ def load(make: Callable[[], LlamaForCausalLM], device: str, cases: tuple[Case, .
 
 
 def measure(
-    loaded: Loaded, cases: tuple[Case, ...], device: str, rates: Rates, left: Callable[[], float]
+    loaded: Loaded, cases: tuple[CappedCase, ...], device: str, rates: Rates, left: Callable[[], float]
 ) -> Iterator[Row]:
     """A row per case; "skipped" where time or CPU memory would not suffice. left: seconds left.
 
@@ -87,13 +87,13 @@ def capped(device: str, n_bytes: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _blank(case: Case) -> Row:
+def _blank(case: CappedCase) -> Row:
     row: Row = {"part": PART, "method": case.name, "status": "failed", "reason": None, **case._asdict()}
     found = ("ttft_s", "build_s", "token_ms", "token_p20_ms", "token_p80_ms", "read", "visited", "index")
     return row | dict.fromkeys(found) | {"phases": {}}
 
 
-def _try(loaded: Loaded, case: Case, config: RetrievalConfig, device: str, row: Row) -> None:
+def _try(loaded: Loaded, case: CappedCase, config: RetrievalConfig, device: str, row: Row) -> None:
     """Fill in the row, or say why not; a short prompt comes first, so that nothing is compiled in what is measured."""
     model, phases = loaded.model, row["phases"]
     with Failing(row):
@@ -113,7 +113,7 @@ def _try(loaded: Loaded, case: Case, config: RetrievalConfig, device: str, row: 
     row["phases"] = {"load": dict(loaded.load)} | phases
 
 
-def _run(model: LlamaForCausalLM, case: Case, config: RetrievalConfig, device: str, row: Row) -> None:
+def _run(model: LlamaForCausalLM, case: CappedCase, config: RetrievalConfig, device: str, row: Row) -> None:
     """Read the prompt, build, decode, and note what it took."""
     cache = retrieval_attn.RetrievalCache(model.config, config)
     request = Request(model, cache, Sampling(max_new_tokens=1 + WARM_STEPS + STEPS), ())

@@ -18,7 +18,7 @@ GIB = 1 << 30
 SPARSE_KEYS = 7096
 
 
-class Case(NamedTuple):
+class CappedCase(NamedTuple):
     """One prompt, and how it is read.
 
     device_kv_budget: as in the config, but None is what fits under the cap. cap, decode_cap: bytes of the device that
@@ -44,12 +44,12 @@ class Case(NamedTuple):
 
 # The most telling first. Longer chunks at 512K: each brings everything before it to the device once more.
 CASES = (
-    Case(1 << 17, "dense"),
-    Case(1 << 17, "dense", device_kv_budget=0, decode_cap=16 * GIB),
-    Case(1 << 19, "vertical_slash", device_kv_budget=0, chunk=1 << 15),
-    Case(1 << 17, "auto"),
-    Case(1 << 19, "vertical_slash", device_kv_budget=0, chunk=1 << 15, kv_dtype="int8"),
-    Case(1 << 19, "auto", chunk=1 << 13),
+    CappedCase(1 << 17, "dense"),
+    CappedCase(1 << 17, "dense", device_kv_budget=0, decode_cap=16 * GIB),
+    CappedCase(1 << 19, "vertical_slash", device_kv_budget=0, chunk=1 << 15),
+    CappedCase(1 << 17, "auto"),
+    CappedCase(1 << 19, "vertical_slash", device_kv_budget=0, chunk=1 << 15, kv_dtype="int8"),
+    CappedCase(1 << 19, "auto", chunk=1 << 13),
 )
 
 
@@ -60,7 +60,7 @@ class Rates(NamedTuple):
     link: float
 
 
-def config_of(case: Case, model: LlamaForCausalLM) -> RetrievalConfig:
+def config_of(case: CappedCase, model: LlamaForCausalLM) -> RetrievalConfig:
     """With a scan: the graph of so many keys takes longer to build than all else here. The budget is a number."""
     config = RetrievalConfig(index="scan", prefill=case.prefill, prefill_chunk=case.chunk, kv_dtype=case.kv_dtype)
     budget = case.device_kv_budget
@@ -69,7 +69,9 @@ def config_of(case: Case, model: LlamaForCausalLM) -> RetrievalConfig:
     return dataclasses.replace(config, device_kv_budget=budget)
 
 
-def why_skipped(case: Case, model: LlamaForCausalLM, config: RetrievalConfig, rates: Rates, left: float) -> str | None:
+def why_skipped(
+    case: CappedCase, model: LlamaForCausalLM, config: RetrievalConfig, rates: Rates, left: float
+) -> str | None:
     """What a case lacks, time or CPU memory; None if neither. left: seconds left."""
     expected = _expected_seconds(case, model, config, rates)
     if expected > left:
@@ -82,7 +84,7 @@ def why_skipped(case: Case, model: LlamaForCausalLM, config: RetrievalConfig, ra
     return None
 
 
-def _expected_seconds(case: Case, model: LlamaForCausalLM, config: RetrievalConfig, rates: Rates) -> float:
+def _expected_seconds(case: CappedCase, model: LlamaForCausalLM, config: RetrievalConfig, rates: Rates) -> float:
     """Of prefill: its operations, and all that comes back from CPU memory, as if nothing were kept."""
     most_keys = SPARSE_KEYS if case.prefill == "vertical_slash" else None
     compute = prefill_seconds(model.config, case.context, rates.flops, most_keys)

@@ -4,28 +4,23 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from retrieval_attn.bench.shared.options import at_least
 from retrieval_attn.bench.shared.report import as_json, check_writable, results_folder
-
-
-def _option(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, **more)
-
+from retrieval_attn.terminal.options import option, with_options
 
 WHERE = "gpu-check-DEVICE.json in bench/results of a checkout, else here"
 
 
+@with_options
 def command(
-    minutes: Annotated[float, _option("Time for everything.", "--minutes")] = 8.0,
-    seed: Annotated[int, _option("Of data and weights.", "--seed")] = 0,
-    dry_run: Annotated[bool, _option("Rehearse on the CPU: tiny shapes, idle numbers.", "--dry-run")] = False,
-    out: Annotated[
-        Path | None, _option("Write the rows to this .json file.", "-o", "--out", show_default=WHERE)
-    ] = None,
+    minutes: Annotated[float, option("Time for everything.", "--minutes")] = 8.0,
+    seed: Annotated[int, option("Of data and weights.", "--seed")] = 0,
+    dry_run: Annotated[bool, option("Rehearse on the CPU: tiny shapes, idle numbers.", "--dry-run")] = False,
+    out: Annotated[Path | None, option("Write the rows to this .json file.", "-o", "--out", default=WHERE)] = None,
 ) -> None:
     """Check and time every kernel on this machine's GPU.
 

@@ -36,14 +36,14 @@ class Inputs(NamedTuple):
         return Inputs(*(x.to(dtype) for x in self))
 
 
-class Case(NamedTuple):
+class KernelCase(NamedTuple):
     """check() gives the error and what is allowed."""
 
     name: str
     check: Callable[[], tuple[float, float]]
 
 
-def cases(device: str, seed: int, head_dims: tuple[int, ...] = HEAD_DIMS) -> list[Case]:
+def cases(device: str, seed: int, head_dims: tuple[int, ...] = HEAD_DIMS) -> list[KernelCase]:
     """Every kernel in each head dimension and dtype. On a CPU, what runs there in place of the kernel."""
     found = []
     for D in head_dims:
@@ -51,15 +51,15 @@ def cases(device: str, seed: int, head_dims: tuple[int, ...] = HEAD_DIMS) -> lis
             what = f"D={D} {str(dtype).removeprefix('torch.')}"
             make = functools.partial(peaky, D=D, dtype=dtype, device=device, seed=seed + D)
             found += [
-                Case(f"sparse {what}", functools.partial(check_sparse, make)),
-                Case(f"near {what}", functools.partial(check_near, make, masked=False)),
-                Case(f"near, masked {what}", functools.partial(check_near, make, masked=True)),
-                Case(f"merge {what}", functools.partial(check_merge, make)),
+                KernelCase(f"sparse {what}", functools.partial(check_sparse, make)),
+                KernelCase(f"near {what}", functools.partial(check_near, make, masked=False)),
+                KernelCase(f"near, masked {what}", functools.partial(check_near, make, masked=True)),
+                KernelCase(f"merge {what}", functools.partial(check_merge, make)),
             ]
     return found
 
 
-def check_all(chosen: list[Case], left: Callable[[], float]) -> Iterator[Row]:
+def check_all(chosen: list[KernelCase], left: Callable[[], float]) -> Iterator[Row]:
     """A row per case: whether it holds, and by how much; "skipped" once no seconds are left."""
     for case in chosen:
         row: Row = {"part": "correctness", "method": case.name, "status": "failed", "reason": None}

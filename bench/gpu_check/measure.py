@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     head_dims: tuple[int, ...] | None
     model: dict[str, Any]
     prompts: tuple[int, ...]
-    capped: tuple[gpu_cases.Case, ...]
+    capped: tuple[gpu_cases.CappedCase, ...]
 
 
 BIG = Sizes(
@@ -78,7 +78,7 @@ class Budget:
 
 
 def run(sizes: Sizes, device: str, minutes: float, seed: int) -> dict[str, Any]:
-    """All parts; returns {schema_version, env, config, results, notes}, plain data, and prints a line per row."""
+    """All parts; prints a line per row. Returns {schema_version, bench, env, config, results, notes}, plain data."""
     budget, env = Budget(minutes), machine.describe(torch.get_num_threads())
     limits = Limits(peak_flops(device, sizes.dtype), machine.copy_bandwidth(device))
     env["matmul_flops_per_s"], env["copy_bandwidth_bytes_per_s"] = limits
@@ -97,6 +97,7 @@ def run(sizes: Sizes, device: str, minutes: float, seed: int) -> dict[str, Any]:
     config["capped"] = [case._asdict() for case in sizes.capped]
     return {
         "schema_version": SCHEMA_VERSION,
+        "bench": "gpu_check",
         "env": env,
         "config": {**config, "minutes": minutes, "mass": MASS, "mode": "gpu check"},
         "results": rows + timed,

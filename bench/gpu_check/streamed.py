@@ -58,12 +58,12 @@ class Setting(NamedTuple):
     plain: Tensor
 
 
-def cases(device: str, seed: int) -> list[gpu_correct.Case]:
+def cases(device: str, seed: int) -> list[gpu_correct.KernelCase]:
     """A case for each of `WAYS`; the model is made when the first is checked."""
     retrieval_attn.register()
     make = functools.cache(functools.partial(setting, device, seed))
     return [
-        gpu_correct.Case(f"prefill, {name}", functools.partial(check, make, RetrievalConfig(**options)))
+        gpu_correct.KernelCase(f"prefill, {name}", functools.partial(check, make, RetrievalConfig(**options)))
         for name, options in WAYS.items()
     ]
 

@@ -20,7 +20,7 @@ from retrieval_attn.bench.vectors.prefill import prefill_vectors
 
 
 def run(options: Options, shown: bool = False) -> dict[str, Any]:
-    """Measure everything; returns {schema_version, env, config, results, notes}, plain data.
+    """Measure everything; returns {schema_version, bench, env, config, results, notes}, plain data.
 
     Raises ValueError for a device that is not there; what fails later is a row.
     """
@@ -38,6 +38,7 @@ def run(options: Options, shown: bool = False) -> dict[str, Any]:
     compare(rows)
     return {
         "schema_version": SCHEMA_VERSION,
+        "bench": "kernels",
         "env": env,
         "config": options.as_dict(),
         "results": rows,

@@ -1,24 +1,17 @@
 """`retrieval-attn bench latency`: decode latency against context length, beside stock attention in the same run."""
 
 import sys
-from typing import Annotated
 
 import typer
 
 from retrieval_attn.bench.latency import format as latency_format
-from retrieval_attn.bench.latency.options import Asked, make_options
+from retrieval_attn.bench.latency.options import Asked, Config, make_options
 from retrieval_attn.bench.shared.options import ReportTo
-from retrieval_attn.config import RetrievalConfig
-from retrieval_attn.terminal.options import Fields, with_options
+from retrieval_attn.terminal.options import with_options
 
 
 @with_options
-def command(
-    asked: Asked,
-    # Short contexts, too, are indexed: a row says what it measured.
-    config: Annotated[RetrievalConfig, Fields("top_k", "estimator", "threads", "seed", exact_below=0)],
-    to: ReportTo,
-) -> None:
+def command(asked: Asked, config: Config, to: ReportTo) -> None:
     """Decode latency of retrieval and of stock attention, per context length.
 
     With --shape llama3-8b or H,G,D attention layers alone are timed on synthetic vectors; with --shape embedded or

@@ -12,7 +12,7 @@ from retrieval_attn.bench.shared.report import SCHEMA_VERSION, Row, short, timed
 
 
 def run(options: Options, progress: bool = False) -> dict[str, Any]:
-    """Measure everything; returns {schema_version, env, config, results, notes}, plain data.
+    """Measure everything; returns {schema_version, bench, env, config, results, notes}, plain data.
 
     Raises ValueError for a device that is not there and for a model that cannot be loaded; what fails later is a row.
     """
@@ -35,6 +35,7 @@ def run(options: Options, progress: bool = False) -> dict[str, Any]:
             row["bandwidth_share"] = row["gb_per_s"] * 1e9 / limit
     return {
         "schema_version": SCHEMA_VERSION,
+        "bench": "latency",
         "env": env,
         "config": options.as_dict(),
         "results": rows,

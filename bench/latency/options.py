@@ -20,10 +20,19 @@ from retrieval_attn.bench.shared.options import (
     parse_shape,
 )
 from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
-from retrieval_attn.terminal.options import MODEL, option
+from retrieval_attn.terminal.options import MODEL, Fields, option
 from retrieval_attn.terminal.units import parse_lengths
 
 RIVALS = ("full", "folded")
+
+# Short contexts, too, are indexed: a row says what it measured. The index is the method's, and no turn follows another.
+Config = Annotated[
+    RetrievalConfig,
+    Fields("top_k", "estimator", "threads", "seed", without=("index", "followup"), exact_below=0),
+]
+
+# What only a model has: layers alone run no prefill.
+_OF_PREFILL = ("prefill", "prefill_mass", "dense_below", "prefill_chunk", "prefill_tile", "device_kv_budget")
 
 _LAYERS = {"llama3-8b": 32}
 
@@ -89,6 +98,8 @@ def make_options(asked: Asked, config: RetrievalConfig) -> Options:
         raise ValueError("--index and --compare name no method; give at least one")
     if shape is None and asked.layers is not None:
         raise ValueError("--layers goes with --shape llama3-8b or H,G,D; a model has the layers it has")
+    if shape is not None:
+        _refuse_prefill(config)
     layers = asked.layers if asked.layers is not None else _LAYERS.get(asked.shape, 1)
     return Options(
         contexts=parse_lengths(asked.context, "--context"),
@@ -105,3 +116,11 @@ def make_options(asked: Asked, config: RetrievalConfig) -> Options:
         check=asked.check,
         config=config,
     )
+
+
+def _refuse_prefill(config: RetrievalConfig) -> None:
+    """ValueError for what would stand in the report as if it had been measured."""
+    plain = RetrievalConfig()
+    for name in _OF_PREFILL:
+        if getattr(config, name) != getattr(plain, name):
+            raise ValueError(f"{name} goes with --shape embedded or --model; layers alone run no prefill")

@@ -37,5 +37,6 @@ def command(
     print("\n" + verdict(rows))
     if out is not None:
         asked = {**sizes, "prompt": prompt, "model": model.model, **config_as_dict(config, "index", "seed")}
-        report = {"schema_version": SCHEMA_VERSION, "env": machine.describe(torch.get_num_threads())}
-        out.write_text(json.dumps(report | {"config": asked, "results": rows}, indent=2, allow_nan=False) + "\n")
+        env = machine.describe(torch.get_num_threads())
+        report = {"schema_version": SCHEMA_VERSION, "bench": "long", "env": env, "config": asked, "results": rows}
+        out.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")

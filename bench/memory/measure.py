@@ -21,10 +21,10 @@ def run_context(asked: dict[str, Any]) -> Row:
 
 
 def as_report(rows: list[Row], asked: dict[str, Any]) -> dict[str, Any]:
-    """Plain data: {schema_version, env, config, results}."""
+    """Plain data: {schema_version, bench, env, config, results}."""
     import torch
 
     from retrieval_attn.bench.shared import machine
 
     env = machine.describe(torch.get_num_threads())
-    return {"schema_version": SCHEMA_VERSION, "env": env, "config": asked, "results": rows}
+    return {"schema_version": SCHEMA_VERSION, "bench": "memory", "env": env, "config": asked, "results": rows}

@@ -22,7 +22,7 @@ from retrieval_attn.threads.pool import set_threads
 
 
 def run(options: Options, shown: bool = False) -> dict[str, Any]:
-    """Measure everything; returns {schema_version, env, config, sources, results, summary, notes, interrupted}.
+    """Measure everything; returns {schema_version, bench, env, config, sources, results, summary, notes, interrupted}.
 
     sources: properties of the vectors, by source, context and seed; see `bench.vectors.measure`. Plain data. What
     fails is a row; Ctrl-C returns what there is, with `interrupted` true.
@@ -40,6 +40,7 @@ def run(options: Options, shown: bool = False) -> dict[str, Any]:
             interrupted = True
     return {
         "schema_version": SCHEMA_VERSION,
+        "bench": "recall",
         "env": env,
         "config": {**options.as_dict(), "mode": "recall"},
         "sources": properties,

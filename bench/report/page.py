@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retrieval_attn.bench.report.plots import picture
-from retrieval_attn.bench.report.read import KINDS, Found, Report
+from retrieval_attn.bench.report.read import KINDS, Found, ReportFile
 from retrieval_attn.bench.report.tables import cell, tables
 from retrieval_attn.bench.shared.pictures import NO_PICTURES, can_draw
 from retrieval_attn.bench.shared.report import Row
@@ -31,7 +31,7 @@ class _Section(NamedTuple):
     kind: str
     heading: str
     about: str
-    reports: list[Report]
+    reports: list[ReportFile]
 
 
 def page(found: Found) -> str:
@@ -58,7 +58,7 @@ def page(found: Found) -> str:
     )
 
 
-def provenance(report: Report) -> Iterator[str]:
+def provenance(report: ReportFile) -> Iterator[str]:
     """Machine, GPU, versions, commit and date."""
     env = report.env
     yield f"{env.get('cpu') or 'unknown CPU'}, {env.get('cores') or '?'} cores, {env.get('threads') or '?'} threads"
@@ -71,7 +71,7 @@ def provenance(report: Report) -> Iterator[str]:
         yield str(env["date"])
 
 
-def _place(report: Report) -> str:
+def _place(report: ReportFile) -> str:
     """The place of a report on the page; never the name of a section."""
     return "report-" + re.sub(r"[^\w.-]", "-", report.path.stem)
 

@@ -13,7 +13,7 @@ from retrieval_attn.bench.quality.plot import grid, pareto, tasks
 from retrieval_attn.bench.quality.scores import grouped
 from retrieval_attn.bench.recall.curves import curves
 from retrieval_attn.bench.recall.format import RECALL
-from retrieval_attn.bench.report.read import Report
+from retrieval_attn.bench.report.read import ReportFile
 from retrieval_attn.bench.shared.maps import ERRORS, maps_of
 from retrieval_attn.bench.shared.pictures import add_key, as_uri, figure_of, lines_of, log_axis, panels, styles
 from retrieval_attn.bench.shared.report import Row, short
@@ -26,20 +26,20 @@ class Picture(NamedTuple):
     caption: str
 
 
-def picture(report: Report) -> Picture | None:
+def picture(report: ReportFile) -> Picture | None:
     """The picture of a report, None where there is nothing to draw. Needs matplotlib."""
     draw, caption = _PICTURES[report.kind]
     uri = as_uri(lambda: draw(report)) if report.good else None
     return Picture(uri, caption) if uri else None
 
 
-def _kernels(report: Report) -> Any:
+def _kernels(report: ReportFile) -> Any:
     # At one length there is no line, and the table says it all.
     lengths = {row["context"] for row in report.good if row["part"] == "prefill"}
     return kernels(report.good) if len(lengths) > 1 else None
 
 
-def _recall(report: Report) -> Any:
+def _recall(report: ReportFile) -> Any:
     rows = [row for row in report.good if row["search_us"]]
     parts = grouped(rows, lambda row: (row["source"], row["context"], row["seed"]))
     if not parts:
@@ -56,7 +56,7 @@ def _recall(report: Report) -> Any:
     return figure
 
 
-def _fidelity(report: Report) -> Any:
+def _fidelity(report: ReportFile) -> Any:
     layers, heads = ([*sorted({row[name] for row in report.good})] for name in ("layer", "head"))
     values = {}
     for (context, method), part in grouped(report.good, lambda row: (row["context"], row["method"])).items():
@@ -67,7 +67,7 @@ def _fidelity(report: Report) -> Any:
     return maps_of(values, down, across, ("head", "layer"), ERRORS)
 
 
-def _memory(report: Report) -> Any:
+def _memory(report: ReportFile) -> Any:
     """A panel per row and side: the planned and the measured peak of every phase."""
     parts = [
         (row, where) for row in report.good for where in ("host", "device")
@@ -88,7 +88,7 @@ def _memory(report: Report) -> Any:
     return figure
 
 
-def _long(report: Report) -> Any:
+def _long(report: ReportFile) -> Any:
     line = [(row["new_tokens"], row["tokens_per_s"]) for row in report.rows]
     figure = figure_of(7.6, 3.2)
     axes = figure.add_subplot(xlabel="tokens of the answer", ylabel="tokens per second")
@@ -99,12 +99,12 @@ def _long(report: Report) -> Any:
     return figure
 
 
-def _of_rows(draw: Callable[[list[Row]], Any]) -> Callable[[Report], Any]:
+def _of_rows(draw: Callable[[list[Row]], Any]) -> Callable[[ReportFile], Any]:
     return lambda report: draw(report.good)
 
 
 _MEANS = "Means are over the answers there are; the table says where some are missing."
-_PICTURES: dict[str, tuple[Callable[[Report], Any], str]] = {
+_PICTURES: dict[str, tuple[Callable[[ReportFile], Any], str]] = {
     "latency": (
         lambda report: latency(report.good, str(report.config.get("mode"))),
         "Time against context, a line per method: the median, shaded from p20 to p80. Lower is better.",

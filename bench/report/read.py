@@ -17,7 +17,7 @@ ANSWERS = ("compare", "needle", "ruler", "scbench")
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportFile:
     """One file of results. rows: each has every key that a table or a plot of its kind reads, None where unmeasured."""
 
     path: Path
@@ -54,10 +54,10 @@ class Found(NamedTuple):
     """What a folder holds; reports by kind, then by name."""
 
     folder: Path
-    reports: list[Report]
+    reports: list[ReportFile]
     skipped: list[Skipped]
 
-    def of(self, *kinds: str) -> list[Report]:
+    def of(self, *kinds: str) -> list[ReportFile]:
         return [report for report in self.reports if report.kind in kinds]
 
 
@@ -96,7 +96,7 @@ def read_folder(folder: Path) -> Found:
     return Found(folder, reports, skipped)
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path) -> ReportFile:
     """One file; ValueError, in one line, for one that is no report or that lacks what its kind shows."""
     found = _parsed(path)
     kind = _kind(path, found)
@@ -112,7 +112,7 @@ def read_report(path: Path) -> Report:
     blank = dict.fromkeys(key for _, key, _ in ROWS[kind])
     rows = [{**blank, **row} for row in found["results"]]
     notes = [str(note) for note in found.get("notes") or []]
-    return Report(path, kind, found["env"], found["config"], rows, notes)
+    return ReportFile(path, kind, found["env"], found["config"], rows, notes)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _kind(path: Path, found: dict[str, Any]) -> str:
     version = found.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {version!r}")
-    # Reports older than the key are named after their benchmark.
+    # Reports from before every benchmark wrote its name into them begin with it in their file's name.
     kind = found.get("bench", path.name.split("-")[0])
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"bench must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -16,7 +16,7 @@ from retrieval_attn.bench.latency.options import RIVALS
 from retrieval_attn.bench.quality.scores import Line, ends, methods, score_lines
 from retrieval_attn.bench.recall.curves import CURVE, at_recall, curves
 from retrieval_attn.bench.recall.format import RECALL
-from retrieval_attn.bench.report.read import ANSWERS, Found, Report
+from retrieval_attn.bench.report.read import ANSWERS, Found, ReportFile
 from retrieval_attn.bench.shared.report import Row, short, table
 
 LATENCY_FILE = "latency-llama3-8b-layer-2core.json"
@@ -157,7 +157,7 @@ def quality(found: Found, folder: Path) -> str:
     return said + table(columns, rows) + failed + "\n\n" + _sources(reports, folder)
 
 
-def _line(report: Report, line: Line, names: Iterable[str], folder: Path) -> Row:
+def _line(report: ReportFile, line: Line, names: Iterable[str], folder: Path) -> Row:
     turn = f", turn {line.turn:.0f}" if line.turn is not None else ""
     return {
         "report": _link(report, folder, report.kind),
@@ -169,7 +169,7 @@ def _line(report: Report, line: Line, names: Iterable[str], folder: Path) -> Row
     }
 
 
-def _asked(report: Report) -> list[Line]:
+def _asked(report: ReportFile) -> list[Line]:
     turns = report.kind == "scbench"
     lines = score_lines(report.rows, by_turn=turns)
     return ends(lines) if turns else lines
@@ -181,7 +181,7 @@ SCORED = tuple(kind for kind in ANSWERS if kind != "compare")
 BLOCKS: dict[str, Callable[[Found, Path], str]] = {"latency": latency, "recall": recall, "quality": quality}
 
 
-def _the(found: Found, name: str, block: str) -> Report:
+def _the(found: Found, name: str, block: str) -> ReportFile:
     for report in found.reports:
         if report.name == name:
             return report
@@ -189,13 +189,13 @@ def _the(found: Found, name: str, block: str) -> Report:
     raise ValueError(f"block {block!r} needs {name} in {str(found.folder)!r}: {skipped.get(name, 'not there')}")
 
 
-def _sources(reports: Iterable[Report], folder: Path) -> str:
+def _sources(reports: Iterable[ReportFile], folder: Path) -> str:
     """The last line of a block: its files, each with its commit."""
     named = [f"{_link(report, folder, report.name)} (commit {_plain(report.commit)})" for report in reports]
     return f"From {'; '.join(named)}."
 
 
-def _link(report: Report, folder: Path, text: str) -> str:
+def _link(report: ReportFile, folder: Path, text: str) -> str:
     return f"[{_plain(text)}]({quote(Path(os.path.relpath(report.path, folder)).as_posix())})"
 
 

@@ -9,7 +9,7 @@ from retrieval_attn.bench.quality.scores import costs, grouped, methods, score_l
 from retrieval_attn.bench.recall.curves import at_recall
 from retrieval_attn.bench.recall.format import RECALL
 from retrieval_attn.bench.report.columns import ASKED, AT_RECALL, COSTS, HEADS, PEAKS, ROWS
-from retrieval_attn.bench.report.read import ANSWERS, Report
+from retrieval_attn.bench.report.read import ANSWERS, ReportFile
 from retrieval_attn.bench.shared.report import Columns, Row
 
 # A longer summary is folded away: the picture says it in a glance.
@@ -47,20 +47,20 @@ def cell(row: Row, column: tuple[str, str, str]) -> str:
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
 
 
-def tables(report: Report) -> list[Table]:
+def tables(report: ReportFile) -> list[Table]:
     """What a report says in numbers, the summary first; nothing of a report without rows."""
     return _TABLES.get(report.kind, _as_measured)(report) if report.rows else []
 
 
-def _as_measured(report: Report) -> list[Table]:
+def _as_measured(report: ReportFile) -> list[Table]:
     return [Table("", ROWS[report.kind], report.rows)]
 
 
-def _every(report: Report, what: str) -> Table:
+def _every(report: ReportFile, what: str) -> Table:
     return Table(f"Every {what} ({len(report.rows)} rows)", ROWS[report.kind], report.rows, folded=True)
 
 
-def _recall(report: Report) -> list[Table]:
+def _recall(report: ReportFile) -> list[Table]:
     found = [_told(row) for row in at_recall(report.rows, RECALL)]
     return [
         Table(f"Search at recall {RECALL}, between the efforts measured", AT_RECALL, found),
@@ -76,13 +76,13 @@ def _told(row: Row) -> Row:
     return {**row, "search_ms": row["search_us"] / 1e3, "remark": remark}
 
 
-def _memory(report: Report) -> list[Table]:
+def _memory(report: ReportFile) -> list[Table]:
     peaks = [line for row in report.good for line in peak_lines(row)]
     times = Table("Times of a session", ROWS["memory"], report.rows)
     return [Table("Peak of every phase, planned and measured", PEAKS, peaks), times] if peaks else [times]
 
 
-def _answers(report: Report) -> list[Table]:
+def _answers(report: ReportFile) -> list[Table]:
     lines = score_lines(report.rows, by_turn=True)
     # A method may be called like a column.
     own = [(name, f"score of {name}", "{:>}") for name in methods(lines)]
@@ -101,7 +101,7 @@ def _answers(report: Report) -> list[Table]:
     ]
 
 
-def _fidelity(report: Report) -> list[Table]:
+def _fidelity(report: ReportFile) -> list[Table]:
     rows = []
     for (context, method), group in grouped(report.good, lambda row: (row["context"], row["method"])).items():
         line: Row = {"context": context, "method": method, "heads": len(group)}
@@ -114,7 +114,7 @@ def _fidelity(report: Report) -> list[Table]:
     return [Table("Over all heads", HEADS, rows), *failures, _every(report, "head")]
 
 
-_TABLES: dict[str, Callable[[Report], list[Table]]] = {
+_TABLES: dict[str, Callable[[ReportFile], list[Table]]] = {
     **dict.fromkeys(ANSWERS, _answers),
     "recall": _recall,
     "memory": _memory,

@@ -31,7 +31,7 @@ def _small(monkeypatch):
 
 
 def report(*answers):
-    return demo.Report([1, 2], list(answers), 2.0, 1.0, [0.5, 0.1], [0.02, 0.01, 0.03], [0.02, 0.04], 10**6, 10**9)
+    return demo.Side([1, 2], list(answers), 2.0, 1.0, [0.5, 0.1], [0.02, 0.01, 0.03], [0.02, 0.04], 10**6, 10**9)
 
 
 def asked(n):

@@ -18,7 +18,7 @@ from retrieval_attn.bench.gpu_check import end_to_end as gpu_end_to_end
 from retrieval_attn.bench.gpu_check import measure as gpu_measure
 from retrieval_attn.bench.gpu_check import planned as gpu_planned
 from retrieval_attn.bench.gpu_check import streamed as gpu_streamed
-from retrieval_attn.bench.gpu_check.cases import GIB, Case, Rates
+from retrieval_attn.bench.gpu_check.cases import GIB, CappedCase, Rates
 from retrieval_attn.bench.gpu_check.command import default_out
 from retrieval_attn.bench.gpu_check.correct import cases, check_all
 from retrieval_attn.bench.gpu_check.measure import SHARES, TINY, Budget
@@ -33,7 +33,10 @@ from retrieval_attn.plan.terms import CUDA_CONTEXT
 # Long enough for an index, which a far context of fewer than 2048 keys would not have.
 LONG = 3000
 
-CASES = (Case(LONG, "dense", chunk=1024), Case(LONG, "vertical_slash", 0, decode_cap=16 * GIB, kv_dtype="int8"))
+CASES = (
+    CappedCase(LONG, "dense", chunk=1024),
+    CappedCase(LONG, "vertical_slash", 0, decode_cap=16 * GIB, kv_dtype="int8"),
+)
 
 SMALL = TINY._replace(lengths=(520,), prompts=(900,), chunk=256, capped=CASES)
 
@@ -70,7 +73,8 @@ def test_a_rehearsal_goes_all_the_way(tmp_path, monkeypatch, capsys):
     report = json.loads(out.read_text())
     printed = capsys.readouterr().out.strip().split("\n")
     assert json.loads(printed[-1]) == report["results"]
-    assert set(report) == {"schema_version", "env", "config", "results", "notes"}
+    assert set(report) == {"schema_version", "bench", "env", "config", "results", "notes"}
+    assert report["bench"] == "gpu_check"
     assert {"git", "packages", "gpu", "gpu_driver", "matmul_flops_per_s"} <= set(report["env"])
     parts = {row["part"] for row in report["results"]}
     assert parts == {"correctness", "under a cap", "end to end", "prefill", "decode"}

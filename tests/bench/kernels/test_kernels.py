@@ -255,7 +255,8 @@ def test_a_real_layer_has_its_own_shape():
 
 def test_json_holds_everything(report):
     read = json.loads(kernels_format.render(report, "json"))
-    assert set(read) == {"schema_version", "env", "config", "results", "notes"}
+    assert set(read) == {"schema_version", "bench", "env", "config", "results", "notes"}
+    assert read["bench"] == "kernels"
     assert (read["config"]["H"], read["config"]["mode"], read["env"]["matmul_flops_per_s"]) == (4, "kernels", 1e12)
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from retrieval_attn.bench.latency import command as latency
@@ -76,12 +77,26 @@ def test_shapes():
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
         ({"gen": 0}, "--gen must be at least 1"),
         ({"shape": "embedded"}, "--layers goes with"),
+        ({"prefill": "auto"}, "prefill goes with --shape embedded or --model; layers alone run no prefill"),
+        ({"device_kv_budget": 0}, "device_kv_budget goes with --shape embedded or --model"),
     ],
 )
 def test_bad_options_are_one_line(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         options(**change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_takes_what_layers_refuse():
+    assert options(shape="embedded", layers=None, prefill="auto").as_dict()["prefill"] == "auto"
+
+
+@pytest.mark.parametrize("word", ["followup=retrieve", "index=scan"])
+def test_what_this_benchmark_has_no_use_for_is_no_option(word):
+    app = typer.Typer()
+    app.command()(latency.command)
+    with pytest.raises(ValueError, match=f"--set: unknown option '{word.partition('=')[0]}'"):
+        CliRunner().invoke(app, ["--set", word], catch_exceptions=False)
 
 
 def test_layers_of_a_shape():
@@ -191,7 +206,8 @@ def test_without_check_the_table_says_so():
 def test_json_holds_everything(report):
     read = json.loads(latency_format.render(report, "json"))
     assert read["schema_version"] == SCHEMA_VERSION
-    assert set(read) == {"schema_version", "env", "config", "results", "notes"}
+    assert set(read) == {"schema_version", "bench", "env", "config", "results", "notes"}
+    assert read["bench"] == "latency"
     assert {"git", "packages", "cpu", "cores", "isa", "ram_bytes", "gpu", "date", "threads"} <= set(read["env"])
     assert (read["config"]["H"], read["config"]["mode"], read["config"]["seed"]) == (4, "layer", 0)
 
@@ -241,8 +257,6 @@ def test_short():
 
 @pytest.mark.parametrize("form", ["md", "json", "csv"])
 def test_the_command_writes_one_document(form, tmp_path):
-    import typer
-
     app = typer.Typer()
     app.command()(latency.command)
     arguments = "-c 700 -n 1 -r 1 --warmup 0 --index none --compare full --shape 4,2,32 --layers 1 --device cpu"

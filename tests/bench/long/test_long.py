@@ -4,8 +4,10 @@ import pytest
 from tiny_models import save_tiny_chat_model
 
 from retrieval_attn import load
+from retrieval_attn.bench.long import command as long_command
 from retrieval_attn.bench.long.format import verdict
 from retrieval_attn.bench.long.measure import measure
+from retrieval_attn.bench.report.read import read_report
 from retrieval_attn.cli import main
 from retrieval_attn.config import RetrievalConfig
 
@@ -23,6 +25,18 @@ def test_rows_follow_the_answer(llm):
     for row in rows:
         assert 0 < row["median_ms"] <= row["p99_ms"] <= row["worst_ms"]
         assert row["indexed"] > 0.9
+
+
+def test_the_report_says_whose_it_is_whatever_its_file_is_called(monkeypatch, tmp_path):
+    row = {"new_tokens": 2, "tokens_per_s": 100.0, "rss_mb": 500.0, "kv_mb": 10.0, "index_mb": 2.0}
+    monkeypatch.setattr(long_command, "load", lambda *given, **more: None)
+    monkeypatch.setattr(long_command, "measure", lambda *given: [row])
+    monkeypatch.setattr(long_command, "table", lambda *given: "")
+    out = tmp_path / "all.json"
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "long", "-o", str(out)])
+    found = read_report(out)
+    assert (found.kind, found.rows[0]["new_tokens"]) == ("long", 2)
 
 
 def test_the_verdict_compares_first_and_last():

@@ -42,6 +42,7 @@ def test_tables_and_report(row):
     assert memory_format.as_text([failed]) == "- 1m scan: no room"
     report = json.loads(json.dumps(memory_measure.as_report([row], {"index": "scan"}), allow_nan=False))
     assert report["results"][0]["tokens"] == row["tokens"]
+    assert report["bench"] == "memory"
     assert report["env"]["ram_bytes"] > 0
 
 

@@ -165,6 +165,7 @@ def test_a_sample_needs_one_key_more(monkeypatch):
 def test_what_else_a_report_says(report):
     assert report["config"]["seeds"] == (3,)
     assert report["config"]["mode"] == "recall"
+    assert report["bench"] == "recall"
     assert report["env"]["git"].keys() == {"commit", "dirty"}
     assert set(report["sources"]) == {"shaped 1500 seed 3", "duplicates 1500 seed 3"}
     assert report["sources"]["shaped 1500 seed 3"]["top_mass"] > 0.5
