@@ -10,6 +10,7 @@ from tiny_models import save_tiny_chat_model
 from retrieval_attn import load
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.named import parse_method
+from retrieval_attn.bench.ppl.measure import scanned_note
 from retrieval_attn.bench.ppl.reading import Foretelling, divergence, judge, left_to_do, read_and_measure, text_ids
 from retrieval_attn.bench.report.read import read_report
 from retrieval_attn.cli import main
@@ -234,3 +235,7 @@ def test_bad_input_is_one_line(words, says, folder, tmp_path, capsys):
     run(words_of(folder, *(text if word == "TEXT" else word for word in words)), status=2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "loading" not in line]
     assert says in line
+
+
+def test_the_note_says_below_which_length_this_run_scanned():
+    assert "exact_below (512)" in scanned_note(RetrievalConfig(exact_below=512))
