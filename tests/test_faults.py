@@ -182,7 +182,7 @@ class TestInterruptions:
             ("kv.window.Window.append", 12),
             ("far.query_sample.QuerySample.add", 13),
             ("hf.cache.RetrievalCache.start_builds", 1),
-            ("attention.layer_memory.LayerMemory.recipe", 2),
+            ("attention.layer_memory.LayerMemory.build_inputs", 2),
             ("threads.jobs.Job.wait", 1),
             ("far.far_index.FarIndex._take_build", 2),
             ("far.far_index.FarIndex.adopt", 3),

@@ -156,7 +156,7 @@ class LayerMemory:
             self.config, self.split.n_far, shape.n_layers, shape.kv_heads, shape.key_dim, steps=self.steps
         )
 
-    def recipe(self) -> BuildInputs:
+    def build_inputs(self) -> BuildInputs:
         """What an index of this moment is built from, besides the far tokens."""
         return BuildInputs(self.choice(), self.store.folded(self.sample.queries()), self.scale)
 
@@ -165,7 +165,7 @@ class LayerMemory:
 
         None while there are too few for an index. Built, waited for, or brought up to date as needed.
         """
-        return self.far_index.for_step(self.far(), self.recipe)
+        return self.far_index.for_step(self.far(), self.build_inputs)
 
     def tail(self) -> TailSummary:
         """The summary of exactly the far keys and values that the last search covered."""

@@ -93,28 +93,28 @@ class FarIndex:
         """The build that the next search will wait for, if there is one."""
         return self._building
 
-    def for_step(self, far: Far, recipe: Callable[[], BuildInputs]) -> Index | None:
+    def for_step(self, far: Far, build_inputs: Callable[[], BuildInputs]) -> Index | None:
         """A snapshot over the first `n_covered` far keys: built, waited for, or brought up to date; None over none."""
         n = n_covered(far.length)
         if n == 0:
             return None
-        self._bring_up_to_date(far.before(n), recipe)
+        self._bring_up_to_date(far.before(n), build_inputs)
         if self.submit is not None and self._appending is None:
             self._appending = self.submit(_append_next, self._index, far.before(n + BATCH).keys, n)
         return self._view
 
-    def to_save(self, far: Far, recipe: Callable[[], BuildInputs]) -> Index | None:
+    def to_save(self, far: Far, build_inputs: Callable[[], BuildInputs]) -> Index | None:
         """As `for_step`, but the index itself, with nothing under way."""
         if n := n_covered(far.length):
-            self._bring_up_to_date(far.before(n), recipe)
+            self._bring_up_to_date(far.before(n), build_inputs)
         self.truncate(far)
         return self._index
 
-    def _bring_up_to_date(self, covered: Far, recipe: Callable[[], BuildInputs]) -> None:
+    def _bring_up_to_date(self, covered: Far, build_inputs: Callable[[], BuildInputs]) -> None:
         if self._building is not None:
             self._take_build(self._building, covered)
         if self._index is None:
-            self._build(covered, recipe())
+            self._build(covered, build_inputs())
         self._follow(covered)
 
     def tail(self, far: Far) -> TailSummary:
@@ -124,17 +124,17 @@ class FarIndex:
             self._tail = TailSummary(*far.before(self._view.n_keys))
         return self._tail
 
-    def build_later(self, submit: Submit, far: Far, recipe: BuildInputs) -> None:
+    def build_later(self, submit: Submit, far: Far, build_inputs: BuildInputs) -> None:
         """Hand the build to another thread, which adds `cancelled` if it likes; the first search waits for it."""
-        self.build_fraction, self._scale = 0.0, recipe.scale
+        self.build_fraction, self._scale = 0.0, build_inputs.scale
         covered = far.before(n_covered(far.length))
         self._building = submit(
             build_far_index,
             self.config,
-            recipe.choice,
+            build_inputs.choice,
             *covered,
-            recipe.queries,
-            recipe.scale,
+            build_inputs.queries,
+            build_inputs.scale,
             progress=self._note_progress,
         )
 
@@ -195,8 +195,8 @@ class FarIndex:
             twin._scale = self._scale
         return twin
 
-    def _build(self, far: Far, recipe: BuildInputs) -> None:
-        choice, queries, self._scale = recipe
+    def _build(self, far: Far, build_inputs: BuildInputs) -> None:
+        choice, queries, self._scale = build_inputs
         try:
             self._adopt(build_far_index(self.config, choice, *far, queries, self._scale))
         except Exception as error:

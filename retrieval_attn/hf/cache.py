@@ -141,7 +141,7 @@ class RetrievalCache(DynamicCache):
         submit = functools.partial(self._builder.submit, _beside_requests, self.config.threads)
         for memory in self.memories:
             if memory.wants_build() or memory.outgrown():
-                memory.far_index.build_later(submit, memory.far(), memory.recipe())
+                memory.far_index.build_later(submit, memory.far(), memory.build_inputs())
         return [memory.far_index.building for memory in self.memories if memory.far_index.building is not None]
 
     def working(self) -> AbstractContextManager[None]:

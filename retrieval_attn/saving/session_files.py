@@ -112,7 +112,7 @@ def _part(i: int, layer: Any) -> _Part:
         return _Part({"keys": layer.keys, "values": layer.values})
     memory: LayerMemory = layer.memories[0]
     tensors = {"keys": memory.store.keys(), "values": memory.store.values(), **memory.state()}
-    index = memory.far_index.to_save(memory.far(), memory.recipe)
+    index = memory.far_index.to_save(memory.far(), memory.build_inputs)
     if index is not None and needs_tail(memory.config):
         tensors |= memory.tail().state()
     return _Part(tensors, index)
