@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
+from laws import examples
 from tiny_models import MODELS, VOCABULARY, tiny_model
 from torch import Tensor
 
@@ -319,6 +320,7 @@ def test_any_conversation_equals_stock(scenario):
     play(scenario)
 
 
+@examples(40)
 @given(BATCHES)
 def test_any_two_padded_rows_equal_stock(scenario):
     """Law 7 as well."""

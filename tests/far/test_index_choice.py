@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+from index_vectors import as_bfloat16
 
 from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
 from retrieval_attn.far.index_choice import GRAPH_AFTER_STEPS, GRAPH_FROM, bytes_per_key, choose_index
@@ -54,9 +56,7 @@ def test_auto_fits_into_memory(free):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", ["graph", "scan", "page"])
 def test_the_bytes_foretold_are_about_those_taken(kind, dim):
-    import numpy as np
-
     rng = np.random.default_rng(0)
-    keys = rng.standard_normal((1, 20_000, dim), np.float32).astype(np.float16)
+    keys = as_bfloat16(rng.standard_normal((1, 20_000, dim), np.float32))
     index = build_index(kind, keys, rng.standard_normal((2, 200, dim), np.float32))
     assert 0.5 * index.nbytes < 20_000 * bytes_per_key(kind, dim) < 1.5 * index.nbytes
