@@ -379,6 +379,7 @@ def _keep_index(self, far):
 EVERY_TIME_THE_SAME = settings(max_examples=500, phases=[Phase.generate], derandomize=True, database=None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("where", "broken"),
     [
