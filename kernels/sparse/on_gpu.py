@@ -79,7 +79,6 @@ def _attend(
     keys += head // H * key_batch + h // R * key_head
     values += head // H * value_batch + h // R * value_head
     q = _load_rows(query, rows, query_row, rows < T, D, BLOCK_D)
-
     run = head * N + tile * BLOCK_M // ROWS
     blocks += run * A
     columns += run * C
