@@ -13,6 +13,10 @@ from retrieval_attn.index.scan.entries import Found, as_entry, keep_best, key_of
 # Keys to ask memory for before the one being scored.
 KEYS_AHEAD = 8
 
+# From so many times the keys wanted on, entries are cut back to those wanted. A chunk that found more keeps so many, so
+# that all chunks together show it, however many they are.
+CUT = 2
+
 
 @jit(parallel=True)
 def rescore(
@@ -30,13 +34,13 @@ def rescore(
 
 @jit()
 def gather(entries: Array, counts: Array, n_wanted: int) -> Array:
-    """The entries (chunks, n) that all chunks found; if they are more than twice those wanted, the best of them."""
+    """The entries (chunks, n) that all chunks found; if they are CUT times those wanted, the best."""
     together = np.empty(counts.sum(), np.int64)
     n = 0
     for chunk in range(len(counts)):
         together[n : n + counts[chunk]] = entries[chunk, : counts[chunk]]
         n += counts[chunk]
-    if n > 2 * n_wanted:
+    if n >= CUT * n_wanted:
         keep_best(together, n, n_wanted)
         n = n_wanted
     return together[:n]

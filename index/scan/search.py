@@ -16,7 +16,7 @@ from retrieval_attn.index.loops.dots import dot, prefetch
 from retrieval_attn.index.scan.codes import Codes
 from retrieval_attn.index.scan.dots import GROUP_BYTES, GROUP_DIMS, LANES, TILE, lowest_bit, score_block
 from retrieval_attn.index.scan.entries import Found, as_entry, keep_best, order_of, score_at
-from retrieval_attn.index.scan.rescore import rescore
+from retrieval_attn.index.scan.rescore import CUT, rescore
 
 # Queries per KV head and pass, which bounds the memory that entries take.
 MOST_QUERIES = 64
@@ -24,7 +24,7 @@ MOST_QUERIES = 64
 # A chunk shorter than this costs more to hand to a thread than to scan.
 MIN_CHUNK = 4096
 
-# A buffer of entries has room for this many times the keys wanted; a full one is cut back to those wanted.
+# A buffer of entries has room for this many times the keys wanted; a full one is cut back to CUT times as many.
 BUFFER = 4
 
 # The sample is every so many blocks that this many wanted keys are in it: their number is then known to about 25 %.
@@ -146,7 +146,7 @@ def collect(codes: Codes, bonus: Array, n_wanted: int, tiles: Tiles, marked: Arr
                 # Floors rise while a chunk is scanned.
                 asked = Tiles(weights, bonus_scales, floors.copy())
                 part = Found(found.entries[head, tile, chunk], found.counts[head, tile, chunk])
-                scan_blocks(own, first, last, 1, n_wanted, asked, part)
+                scan_blocks(own, first, last, 1, CUT * n_wanted, asked, part)
 
 
 @jit()

@@ -7,7 +7,9 @@ from index_vectors import as_bfloat16, attention_like, recall
 from scan_codes import decoded
 
 from retrieval_attn.index import build_index
+from retrieval_attn.index.scan import search
 from retrieval_attn.index.scan.entries import as_entry, keep_best, key_of, order_of, score_at, write_best
+from retrieval_attn.index.scan.rescore import gather
 from retrieval_attn.index.scan.search import find_candidates
 
 SCORES = np.array([np.inf, 3e38, 1.5, 1.4999999, 1e-45, 0.0, -1e-45, -1.5, -3e38, -np.inf], np.float32)
@@ -81,6 +83,25 @@ def test_a_misleading_sample_costs_time_but_no_key(good, n_wanted):
         assert np.isin(np.sort(everything)[-max(100, n_wanted // 2) :], found).all()
         assert len(np.unique(found)) == len(found)
         assert len(everything) == 20_000
+
+
+def test_what_a_misleading_sample_leaves_does_not_depend_on_the_number_of_chunks(monkeypatch):
+    """A chunk in which many passed kept so few that all chunks together seemed to have found few."""
+    sampled = np.concatenate([np.arange(16), np.arange(15 * 16, 16 * 16)])
+    hidden = np.concatenate([np.arange(16 * b, 16 * b + 16) for b in range(120, 190) if b % 15])
+    keys, q = planted(np.concatenate([sampled, hidden]))
+    # So the floor lies below all that are hidden, and above the others.
+    keys[0, sampled, 0] = 60
+    keys_, codes, maps, *_ = build_index("scan", keys, dims=16)._state
+    monkeypatch.setattr(search, "MIN_CHUNK", 1000)
+
+    def left(n_threads):
+        monkeypatch.setattr(numba, "get_num_threads", lambda: n_threads)
+        entries, counts = find_candidates(keys_, codes, maps.queries, q[None], 0, 1, 100, 250)
+        assert entries.shape[2] == 4 * n_threads
+        return sorted(gather(entries[0, 0, :, 0], counts[0, 0, :, 0], 250))
+
+    assert left(1) == left(2) == left(4)
 
 
 def test_estimates_are_inner_products_of_what_the_codes_stand_for():
