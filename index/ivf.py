@@ -5,6 +5,7 @@ their common mean. Returned scores are recomputed on the stored keys. faiss keep
 """
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from typing import Any, NamedTuple, Self
@@ -92,6 +93,10 @@ def _pool() -> ThreadPoolExecutor:
     """The threads in which this process probes lists. In each, faiss starts no threads of its own."""
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     return ThreadPoolExecutor(most, "ivf", lambda: faiss.omp_set_num_threads(1))
+
+
+# A child process has none of its parent's threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def probe_heads(lists: tuple[Lists, ...], queries: Array, k: int, nprobe: int) -> list[tuple[Array, Array]]:

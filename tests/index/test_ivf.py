@@ -135,3 +135,21 @@ def test_no_more_threads_search_than_numba_may_use(index, scene, monkeypatch):
         numba.set_num_threads(before)
     assert len(names) == 1
     assert np.array_equal(alone.ids, index.search(scene.later, k=20).ids)
+
+
+# A child waits for threads that only its parent has: ended by the alarm, it has no exit code of its own.
+FORKED = """
+import os, signal
+from retrieval_attn.index.ivf import _pool
+assert _pool().submit(int).result() == 0
+child = os.fork()
+if child == 0:
+    signal.alarm(5)
+    os._exit(7 + _pool().submit(int).result())
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_child_process_has_threads_of_its_own():
+    done = subprocess.run([sys.executable, "-c", FORKED], stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) == 7
