@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,20 @@ def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[P
     """Give a path to write a file at, which takes the place of `path` at the end; after an exception it is removed.
 
     Whoever looks, meanwhile or after a crash of the process, finds the old file or the new one. Several writers at once
-    do not meet: the last one's file stays. A link stays a link. durable: also after the machine loses its power.
+    do not meet: the last one's file stays. A link stays a link, and a file keeps its mode. durable: also after the
+    machine loses its power. Raises OSError for a device, a pipe or a folder, which no file should replace.
+
+    A process that is killed leaves its half file, .NAME.*.tmp, behind: from within a container, or on a disk of several
+    machines, nobody can tell whether its writer is alive.
     """
     # Beside a link, the file it points to could be on another disk.
     target = Path(os.path.realpath(path))
+    mode = _mode_of(target)
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield part
+        if mode is not None:
+            part.chmod(mode)
         if durable:
             flush(part)
         os.replace(part, target)
@@ -26,6 +34,17 @@ def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[P
         part.unlink(missing_ok=True)
     if durable:
         flush(target.parent)
+
+
+def _mode_of(target: Path) -> int | None:
+    """The mode of a regular file; None if nothing is there yet."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{target} is not a regular file, and is not replaced by one")
+    return stat.S_IMODE(mode)
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes, durable: bool = False) -> None:

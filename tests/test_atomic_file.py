@@ -40,6 +40,25 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(file):
     assert file.read_text() == "half"
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o755, 0o664])
+def test_a_file_keeps_its_mode(file, mode):
+    file.chmod(mode)
+    write_whole(file, "new")
+    assert stat.S_IMODE(file.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_file_is_not_replaced(tmp_path, make, linked):
+    """A rename would put the file in the place of the pipe, or of a device."""
+    make(tmp_path / "other")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="other is not a regular file"):
+        write_whole(tmp_path / ("link" if linked else "other"), "x")
+    assert not (tmp_path / "other").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["link", "other"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("where", ["write", "replace"])
 def test_after_an_exception_the_old_file_is_there_and_nothing_else(file, monkeypatch, error, where):
