@@ -92,10 +92,10 @@ class Session:
     prefilled are reused if they are asked again. Not for use from two threads at once.
     """
 
-    def __init__(self, llm: ConversationModel, system: str | None = None) -> None:
+    def __init__(self, llm: ConversationModel, system: str | None = None, cache: RetrievalCache | None = None) -> None:
         self.llm = llm
         self.system = system
-        self.cache = llm.new_cache()
+        self.cache = llm.new_cache() if cache is None else cache
         self.token_ids: list[int] = []
         self.messages: list[dict[str, str]] = []
         self.last: Completion | None = None
@@ -106,8 +106,8 @@ class Session:
     @classmethod
     def resumed(cls, llm: ConversationModel, cache: RetrievalCache, state: SessionState) -> "Session":
         """The conversation whose `state` this is; the cache holds the keys of the state's `cached_ids`."""
-        session = cls(llm, state.system)
-        session.cache, session._cached = cache, list(state.cached_ids)
+        session = cls(llm, state.system, cache)
+        session._cached = list(state.cached_ids)
         session.token_ids, session.messages = list(state.token_ids), list(state.messages)
         session._answer_start, session._turn_open = state.answer_start, state.turn_open
         return session

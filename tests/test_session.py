@@ -163,3 +163,14 @@ def test_two_sessions_in_two_threads_give_what_they_give_alone(llm):
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(lambda text: llm.session().ask(text, max_new_tokens=8).token_ids, texts))
     assert together == alone
+
+
+def test_a_restored_session_makes_one_cache(llm, tmp_path, monkeypatch):
+    session = llm.session()
+    session.ask("Hello", max_new_tokens=1)
+    session.save(tmp_path / "saved")
+    made, new_cache = [], llm.new_cache
+    monkeypatch.setattr(llm, "new_cache", lambda: made.append(new_cache()) or made[-1])
+    restored = llm.restore(tmp_path / "saved")
+    assert made == [restored.cache]
+    assert restored.token_ids == session.token_ids
