@@ -190,7 +190,8 @@ def load(
     "bfloat16", "float16". weights: "auto" as stored, "bf16", or "int8" / "int4" through bitsandbytes if installed.
     `config.threads` also sets PyTorch's thread count, which belongs to the process. Unless OMP_WAIT_POLICY,
     GOMP_SPINCOUNT or KMP_BLOCKTIME is set, OMP_WAIT_POLICY becomes PASSIVE in this process: threads sleep between
-    loops. PyTorch's own do only if torch is imported later than `retrieval_attn.load`; else a warning says so.
+    loops. Those of torch, faiss and numba do only if they started later than `retrieval_attn.load` was imported; else
+    a warning says so. `from retrieval_attn import load` and `import *` set it too, and child processes inherit it.
 
     Raises FileNotFoundError for a missing path, ValueError for a model that is not a causal LM or whose attention
     cannot be served (named), or for a file of prefill patterns that is not for it, ImportError with the install command

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 
+import numba
 import pytest
 
 from retrieval_attn import cli
-from retrieval_attn.threads.waiting import USERS_OWN, let_threads_sleep
+from retrieval_attn.threads.pool import require_safe_threads
+from retrieval_attn.threads.waiting import LIBRARIES, USERS_OWN, let_threads_sleep
 
 
 @pytest.fixture
@@ -21,19 +23,32 @@ def unsaid(monkeypatch):
 
 @pytest.mark.usefixtures("unsaid")
 def test_threads_sleep_unless_told_otherwise(caplog, monkeypatch):
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for module in LIBRARIES.values():
+        monkeypatch.delitem(sys.modules, module, raising=False)
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert caplog.messages == []
 
 
 @pytest.mark.usefixtures("unsaid")
-def test_what_comes_too_late_is_said_once(caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", object())
+@pytest.mark.parametrize("late", [("torch",), ("faiss",), ("numba's pool of threads",), tuple(LIBRARIES)])
+def test_what_comes_too_late_is_said_once(caplog, monkeypatch, late):
+    names = [name for name in LIBRARIES if name in late]
+    for name, module in LIBRARIES.items():
+        monkeypatch.setitem(sys.modules, module, object())
+        if name not in names:
+            monkeypatch.delitem(sys.modules, module)
     let_threads_sleep()
     let_threads_sleep()
     (message,) = caplog.messages
-    assert "torch was imported before retrieval_attn.load" in message
+    assert f"retrieval_attn.load was imported after {' and '.join(names)}, whose" in message
+
+
+@pytest.mark.usefixtures("unsaid")
+def test_the_modules_are_those_that_load_the_libraries():
+    require_safe_threads()
+    layers = {"omp": {"numba.np.ufunc.omppool"}, "tbb": set()}
+    assert layers[numba.threading_layer()] <= {*LIBRARIES.values()} & {*sys.modules}
 
 
 @pytest.mark.usefixtures("unsaid")
