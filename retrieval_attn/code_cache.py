@@ -4,6 +4,8 @@ Numba's own cache looks at the file of a function and not at those of the functi
 compiled into it: after an edit of a loop, all that call it ran as before. And it raises where no folder can be written.
 Here an edit of any compiled source begins a new folder, and whatever is wrong with the disk costs a compilation and a
 warning, never the call. There is no list of files that two processes could disagree about.
+
+What is kept is executed. So each folder is its user's own, and nobody else can write to it.
 """
 
 import functools
@@ -16,13 +18,14 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import llvmlite
 import numba
+import numpy
 from numba.core import serialize
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
@@ -38,6 +41,14 @@ COMPILED = ("index", "kernels", "threads.pool", "arrays", "compiled", "code_cach
 VERSIONS_KEPT = 16
 
 
+# What numba is told about the code that it makes, beside the processor.
+SWITCHES = (
+    "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "EXTEND_VARIABLE_LIFETIMES",
+    "USING_SVML", "DISABLE_INTEL_SVML", "LLVM_REFPRUNE_PASS", "LLVM_REFPRUNE_FLAGS", "PARFOR_MAX_TUPLE_SIZE",
+    "ENABLE_PROFILING", "JIT_COVERAGE", "DEBUG_ARRAY_OPT_RUNTIME", "DEBUG_NRT",
+)  # fmt: skip
+
+
 def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -51,10 +62,14 @@ def sources() -> list[Path]:
     return files
 
 
+# Found once: where files are gone that were there, Python's finders may raise anything.
+SOURCES = tuple(sources())
+
+
 def digest() -> str:
     """Of what the sources say now, and of what compiles them."""
-    made_by = [numba.__version__, llvmlite.__version__, sys.implementation.cache_tag]
-    return _hash("".join([*made_by, *(_hash(file.read_bytes()) for file in sources())]).encode())
+    made_by = [numba.__version__, llvmlite.__version__, numpy.__version__, sys.implementation.cache_tag]
+    return _hash(" ".join([*made_by, *(_hash(file.read_bytes()) for file in SOURCES)]).encode())
 
 
 # Of the sources as they are imported; taken early, because they may be edited while this process runs.
@@ -74,11 +89,11 @@ class Place(NamedTuple):
 
     def folder(self) -> Path:
         """The folder of this version, made if it is not there. Raises OSError if it cannot be, or is not safe."""
-        self.base.mkdir(mode=0o777 if self.named else 0o700, parents=True, exist_ok=True)
-        if not self.named:
-            _require_own(self.base)
         folder = self.base / DIGEST
-        folder.mkdir(exist_ok=True)
+        _make(folder)
+        _require_kept(self.base.parent)
+        _require_own(self.base)
+        _require_own(folder)
         return folder
 
     def enter(self) -> None:
@@ -87,46 +102,75 @@ class Place(NamedTuple):
         tempfile.TemporaryFile(dir=folder).close()
         os.utime(folder)
         # Other processes do the same, so that what is listed may be gone.
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             versions = sorted(self.base.iterdir(), key=lambda version: version.stat().st_mtime)
             for version in versions[:-VERSIONS_KEPT]:
                 shutil.rmtree(version, ignore_errors=True)
+
+
+class UnsafeFolder(PermissionError):
+    """Others could put code into this folder."""
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it that are missing, each for this user alone, whatever the umask."""
+    if not folder.parent.exists():
+        _make(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _require_own(folder: Path) -> None:
     """Code is run from there: nobody else may have made the folder, or be able to write to it."""
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not a folder that only this user can write to")
+        raise UnsafeFolder(f"{folder} is not a folder that only this user can write to")
 
 
-def _candidates() -> Iterator[Place]:
-    if numba.config.CACHE_DIR:  # type: ignore[attr-defined]
-        yield Place(Path(numba.config.CACHE_DIR) / "retrieval-attn", named=True)  # type: ignore[attr-defined]
+def _require_kept(parent: Path) -> None:
+    """Nobody else may be able to exchange what this user has in `parent`, as in a folder for all that is not sticky."""
+    status = parent.stat()
+    for_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+    if for_all or status.st_uid not in (0, os.geteuid()):
+        raise UnsafeFolder(f"others can exchange what is in {parent}")
+
+
+def _named_place() -> Place | None:
+    named: str = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    return Place(Path(named) / "retrieval-attn", named=True) if named else None
+
+
+def _users_place() -> Place | None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     # Without a home, "~" stays as it is: that would be a folder of this name in the current one.
-    if home.is_absolute():
-        yield Place(home / "retrieval-attn" / "numba", named=False)
-    # There may be no temporary directory either.
-    with suppress(FileNotFoundError):
-        yield Place(Path(tempfile.gettempdir()) / f"retrieval-attn-{os.geteuid()}", named=False)
+    return Place(home / "retrieval-attn" / "numba", named=False) if home.is_absolute() else None
+
+
+def _temporary_place() -> Place:
+    """Raises FileNotFoundError if there is no temporary directory either."""
+    return Place(Path(tempfile.gettempdir()) / f"retrieval-attn-{os.geteuid()}", named=False)
 
 
 @functools.cache
 def place() -> Place | None:
     """Where this process keeps compiled code: NUMBA_CACHE_DIR, the user's cache folder, or a folder of the user's own
-    under the temporary directory. None, with a warning, if none of them can be written."""
-    for candidate in _candidates():
+    under the temporary directory. None, with a warning that says why, if none of them can be used."""
+    reasons = []
+    for find in (_named_place, _users_place, _temporary_place):
+        candidate = None
         try:
-            candidate.enter()
+            candidate = find()
+            if candidate is not None:
+                candidate.enter()
+                return candidate
         except OSError as error:
-            if candidate.named:
-                log.warning("NUMBA_CACHE_DIR cannot be used: %s", error)
-            continue
-        return candidate
+            reasons.append(str(error))
+            if candidate is not None and (candidate.named or isinstance(error, UnsafeFolder)):
+                name = "NUMBA_CACHE_DIR" if candidate.named else candidate.base
+                log.warning("compiled code is not kept in %s: %s", name, error)
     log.warning(
-        "compiled code cannot be kept, so that every process compiles anew: there is no folder to write to; "
-        "set NUMBA_CACHE_DIR to one"
+        "compiled code cannot be kept, so that every process compiles anew: no folder can be used (%s); "
+        "set NUMBA_CACHE_DIR to one",
+        "; ".join(reasons),
     )
     return None
 
@@ -136,6 +180,8 @@ class CodeCache(NullCache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         code = function.__code__
+        # What a function closes over is compiled into it, and stands in no file.
+        assert not code.co_freevars, f"{function.__qualname__} closes over {code.co_freevars}"
         self._name = function.__qualname__.replace("<locals>", "locals")
         # Tests have compiled functions that are not among the sources.
         self._source = (function.__module__, code.co_firstlineno, _source_of(code.co_filename))
@@ -162,7 +208,12 @@ class CodeCache(NullCache):
         if _hash(code).encode() != check:
             _warn_once(f"compiled code in {where.base} is damaged; compiling anew")
             return None
-        return CompileResult._rebuild(target_context, *pickle.loads(code))
+        try:
+            return CompileResult._rebuild(target_context, *pickle.loads(code))
+        # What pickle and numba raise depends on the bytes, which need not be of this numba: it may be anything.
+        except Exception as error:
+            _warn_once(f"compiled code in {where.base} cannot be used ({error!r}); compiling anew")
+            return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep what numba compiled, if it may be kept and can be."""
@@ -180,7 +231,7 @@ class CodeCache(NullCache):
 
     def _file(self, where: Place, sig: Any, codegen: Any) -> Path:
         """The file's name holds all that code depends on beside the sources: types, processor, numba's switches."""
-        switches = (int(numba.config.OPT), numba.config.BOUNDSCHECK)  # type: ignore[attr-defined]
+        switches = [str(getattr(numba.config, name)) for name in SWITCHES]
         key = _hash(repr((self._source, sig, codegen.magic_tuple(), switches)).encode())
         return where.folder() / f"{self._name}.{key}"
 

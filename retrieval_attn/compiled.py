@@ -5,8 +5,10 @@ the package. Where compiled code is kept, code_cache.py says.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -80,11 +82,13 @@ class CompilationNotice(event.Listener):
     """Says once that kernels are being compiled, when that has taken `patience` seconds in all.
 
     Numba compiles in one thread at a time, and what a function calls within the compilation of the function.
+    timer: as `threading.Timer`.
     """
 
-    def __init__(self, patience: float = 1.0) -> None:
-        self._patience = patience
-        self._taken = 0.0
+    def __init__(self, patience: float = 1.0, timer: Callable[..., Any] = threading.Timer) -> None:
+        self._left = patience
+        self._new_timer = timer
+        self._timer: Any = None
         self._since = 0.0
         self._depth = 0
         self._said = False
@@ -92,23 +96,31 @@ class CompilationNotice(event.Listener):
     def on_start(self, event: Any) -> None:
         if not _is_ours(event):
             return
-        if self._depth == 0:
+        if self._depth == 0 and not self._said:
             self._since = time.monotonic()
+            self._start_timer()
         self._depth += 1
-        self._look()
 
     def on_end(self, event: Any) -> None:
         if not _is_ours(event):
             return
-        self._look()
         self._depth -= 1
-        if self._depth == 0:
-            self._taken += time.monotonic() - self._since
+        if self._depth == 0 and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._left -= time.monotonic() - self._since
 
-    def _look(self) -> None:
-        if not self._said and self._taken + time.monotonic() - self._since >= self._patience:
-            self._said = True
-            log.warning("compiling CPU kernels (%s) ...", "once per machine" if place() else "in every process")
+    def _start_timer(self) -> None:
+        self._timer = self._new_timer(max(0.0, self._left), self._say)
+        self._timer.daemon = True
+        # At the end of the process, or of its memory, no thread starts. Then nothing is said.
+        with suppress(RuntimeError):
+            self._timer.start()
+
+    def _say(self) -> None:
+        self._said = True
+        where = place()
+        log.warning("compiling CPU kernels (%s) ...", f"once; kept in {where.base}" if where else "in every process")
 
 
 def _is_ours(event: Any) -> bool:

@@ -1,7 +1,9 @@
 """Compiled code is kept on disk, follows its sources, and no trouble with the disk reaches a call."""
 
 import ast
+import importlib.util
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -9,11 +11,12 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from numba.core import event
 
-from retrieval_attn import code_cache
+from retrieval_attn import code_cache, compiled
 from retrieval_attn.code_cache import VERSIONS_KEPT, Place
 from retrieval_attn.compiled import NOTICE, CompilationNotice, jit
 
@@ -21,6 +24,12 @@ ROOT = Path(__file__).parent.parent
 
 # No folder can be made below a file, not even by root.
 NOWHERE = "/dev/null/nowhere"
+
+
+# Whatever numba is told about the code that it makes.
+SWITCHES = ["OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "EXTEND_VARIABLE_LIFETIMES"]
+SWITCHES += ["USING_SVML", "DISABLE_INTEL_SVML", "LLVM_REFPRUNE_PASS", "LLVM_REFPRUNE_FLAGS", "PARFOR_MAX_TUPLE_SIZE"]
+SWITCHES += ["ENABLE_PROFILING", "JIT_COVERAGE", "DEBUG_ARRAY_OPT_RUNTIME", "DEBUG_NRT"]
 
 
 @pytest.fixture
@@ -66,6 +75,32 @@ def test_other_switches_of_numba_are_other_code(base, monkeypatch):
     assert n_compiled(second) == 1
 
 
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_is_part_of_the_name(base, monkeypatch, switch):
+    double = function()
+    double(2)
+    codegen = double.targetctx.codegen()
+    names = {double._cache._file(code_cache.place(), "sig", codegen)}
+    monkeypatch.setattr(f"numba.config.{switch}", "another")
+    assert double._cache._file(code_cache.place(), "sig", codegen) not in names
+
+
+@pytest.mark.parametrize("library", ["numba", "llvmlite", "numpy"])
+def test_other_libraries_make_other_code(monkeypatch, library):
+    monkeypatch.setattr(f"{library}.__version__", "another")
+    assert code_cache.digest() != code_cache.DIGEST
+
+
+def test_no_compiled_function_closes_over_anything():
+    """Two of one name would be one file, whatever they close over."""
+    factor = len("abc")
+    with pytest.raises(AssertionError, match="closes over"):
+
+        @jit()
+        def times(x):
+            return factor * x
+
+
 def test_sources_edited_meanwhile_are_not_what_was_compiled(base, monkeypatch):
     monkeypatch.setattr(code_cache, "digest", lambda: "edited")
     assert function()(2) == 4
@@ -73,9 +108,16 @@ def test_sources_edited_meanwhile_are_not_what_was_compiled(base, monkeypatch):
 
 
 def test_sources_that_are_gone_break_no_call(base, monkeypatch):
-    monkeypatch.setattr(code_cache, "sources", lambda: [Path(NOWHERE)])
+    monkeypatch.setattr(code_cache, "SOURCES", [Path(NOWHERE)])
     assert function()(2) == 4
     assert files(base) == []
+
+
+def test_rooms_that_are_gone_break_no_call(base, monkeypatch):
+    """Python finds nothing, and not even a file without content, where a room was that nothing has imported yet."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert function()(2) == 4
+    assert len(files(base)) == 1
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:100] + b"?" + b[101:], lambda b: b""])
@@ -88,6 +130,26 @@ def test_damaged_code_is_compiled_anew(base, damage, caplog):
     assert second(2) == third(2) == 4
     assert (n_compiled(second), n_compiled(third)) == (1, 0)
     assert "is damaged; compiling anew" in caplog.text
+
+
+def not_of_this_numba():
+    raise RuntimeError("not of this numba")
+
+
+class Foreign:
+    def __reduce__(self):
+        return not_of_this_numba, ()
+
+
+@pytest.mark.parametrize("code", [b"no pickle", pickle.dumps((1, 2)), pickle.dumps(Foreign())])
+def test_whole_code_that_cannot_be_used_is_compiled_anew(base, code, caplog):
+    function()(2)
+    (file,) = files(base)
+    file.write_bytes(code_cache._hash(code).encode() + b"\n" + code)
+    second, third = function(), function()
+    assert second(2) == third(2) == 4
+    assert (n_compiled(second), n_compiled(third)) == (1, 0)
+    assert len([message for message in caplog.messages if "cannot be used" in message]) == 1
 
 
 def test_a_folder_deleted_meanwhile_comes_back(base):
@@ -136,6 +198,73 @@ def test_versions_used_last_are_kept(tmp_path):
     assert {version.name for version in tmp_path.iterdir()} == kept | {code_cache.DIGEST}
 
 
+def test_versions_that_cannot_be_listed_stay(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    Place(tmp_path, named=True).enter()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_folder_is_made_for_this_user_alone(tmp_path, named):
+    before = os.umask(0)
+    try:
+        folder = Place(tmp_path / "above" / "base", named).folder()
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent, folder.parent.parent)] == [0o700] * 3
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_version_that_others_could_write_to_is_refused(tmp_path, named, mode):
+    place = Place(tmp_path / "base", named)
+    place.folder().chmod(mode)
+    with pytest.raises(PermissionError, match="only this user can write to"):
+        place.folder()
+
+
+def test_others_must_not_be_able_to_exchange_the_folder(tmp_path):
+    """In a folder for all, like that of temporary files, each has what is theirs, if it is sticky."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    Place(shared / "base", named=True).enter()
+    shared.chmod(0o777)
+    with pytest.raises(PermissionError, match="others can exchange"):
+        Place(shared / "base", named=True).enter()
+
+
+def test_each_folder_that_was_refused_is_named_with_its_reason(tmp_path, monkeypatch, caplog):
+    open_to_all = tmp_path / "home" / "retrieval-attn" / "numba"
+    open_to_all.mkdir(parents=True)
+    open_to_all.chmod(0o777)
+    monkeypatch.setattr("numba.config.CACHE_DIR", NOWHERE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", NOWHERE)
+    assert code_cache.place.__wrapped__() is None
+    named, unsafe, last = caplog.messages
+    assert NOWHERE in named
+    assert f"compiled code is not kept in {open_to_all}" in unsafe
+    assert last.count(NOWHERE) == 2
+    assert f"{open_to_all} is not a folder that only this user can write to" in last
+
+
+def test_an_unsafe_folder_is_said_though_another_is_taken(tmp_path, monkeypatch, caplog):
+    home = tmp_path / "home"
+    home.mkdir()
+    home.joinpath("retrieval-attn").symlink_to(tmp_path)
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba").chmod(0o777)
+    monkeypatch.setattr("numba.config.CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert code_cache.place.__wrapped__().base.parent == tmp_path
+    (message,) = caplog.messages
+    assert "only this user can write to" in message
+
+
 def test_a_folder_that_others_could_write_to_is_refused(tmp_path):
     own, planted, open_to_all = tmp_path / "own", tmp_path / "planted", tmp_path / "open"
     Place(own, named=False).enter()
@@ -144,18 +273,21 @@ def test_a_folder_that_others_could_write_to_is_refused(tmp_path):
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     for folder in (planted, open_to_all):
-        with pytest.raises(PermissionError, match="only this user can write to"):
-            Place(folder, named=False).enter()
-    Place(open_to_all, named=True).enter()
+        for named in (False, True):
+            with pytest.raises(PermissionError, match="only this user can write to"):
+                Place(folder, named).enter()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_somebody_else_is_refused(tmp_path):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_folder_of_somebody_else_is_refused(tmp_path, named):
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o700)
     os.chown(folder, 2000, 2000)
     with pytest.raises(PermissionError, match="only this user can write to"):
-        Place(folder, named=False).enter()
+        Place(folder, named).enter()
+    with pytest.raises(PermissionError, match="others can exchange"):
+        Place(folder / "base", named).enter()
 
 
 @pytest.fixture
@@ -166,22 +298,53 @@ def _quiet():
     event.register("numba:compile", NOTICE)
 
 
+class Timers(list[SimpleNamespace]):
+    """Timers as a notice makes them: each rings when it is started, or never."""
+
+    def __init__(self, ring):
+        self.ring = ring
+
+    def __call__(self, seconds, say):
+        self.append(SimpleNamespace(seconds=seconds, start=say if self.ring else lambda: None, cancel=self.cancelled))
+        return self[-1]
+
+    def cancelled(self):
+        self[-1].was_cancelled = True
+
+
 @pytest.mark.usefixtures("_quiet")
-def test_compiling_is_announced_and_reading_is_not(base, caplog):
-    with event.install_listener("numba:compile", CompilationNotice(patience=0)):
+def test_compiling_is_announced_and_reading_is_not(base, caplog, monkeypatch):
+    monkeypatch.setattr(compiled, "place", code_cache.place)
+    timers = Timers(ring=True)
+    with event.install_listener("numba:compile", CompilationNotice(timer=timers)):
         function()(2)
         function()(2.5)
-        assert caplog.messages == ["compiling CPU kernels (once per machine) ..."]
-    with event.install_listener("numba:compile", CompilationNotice(patience=0)):
+        assert caplog.messages == [f"compiling CPU kernels (once; kept in {base}) ..."]
+    with event.install_listener("numba:compile", CompilationNotice(timer=timers)):
         function()(2)
-    assert len(caplog.messages) == 1
+    assert len(caplog.messages) == len(timers) == 1
+    assert timers[0].daemon
 
 
 @pytest.mark.usefixtures("_quiet")
-def test_quick_compilations_are_not_announced(base, caplog):
-    with event.install_listener("numba:compile", CompilationNotice(patience=1000)):
+def test_quick_compilations_are_not_announced_and_add_up(base, caplog):
+    timers = Timers(ring=False)
+    with event.install_listener("numba:compile", CompilationNotice(patience=1000, timer=timers)):
         function()(2)
+        function()(2.5)
     assert caplog.messages == []
+    assert all(timer.was_cancelled for timer in timers)
+    assert 0 < timers[1].seconds < timers[0].seconds == 1000
+
+
+@pytest.mark.usefixtures("_quiet")
+def test_where_no_thread_starts_nothing_is_announced(base):
+    def refuse(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    timer = SimpleNamespace(start=refuse, cancel=lambda: None)
+    with event.install_listener("numba:compile", CompilationNotice(timer=lambda *arguments: timer)):
+        assert function()(2) == 4
 
 
 def imports_jit(path):
@@ -194,14 +357,52 @@ def imports_jit(path):
     )
 
 
+COMPILERS = {"njit", "jit", "vectorize", "guvectorize", "generated_jit", "stencil", "cfunc"}
+
+
+def compiles(text):
+    """Whether a file asks numba itself to compile, or to keep what it compiles."""
+    tree = ast.parse(text)
+    numbas = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name.split(".")[0] == "numba"
+    }
+    return any(_compiles(node, numbas) for node in ast.walk(tree))
+
+
+def _compiles(node, numbas):
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] == "numba" and bool(COMPILERS & {a.name for a in node.names})
+    if isinstance(node, ast.Attribute):
+        return node.attr in COMPILERS and isinstance(node.value, ast.Name) and node.value.id in numbas
+    return isinstance(node, ast.keyword) and node.arg == "cache" and getattr(node.value, "value", None) is True
+
+
 def test_every_file_with_compiled_code_is_in_the_digest():
     folders = [ROOT / folder for folder in ("retrieval_attn", "index", "kernels", "bench")]
-    compiled = {path for folder in folders for path in folder.rglob("*.py") if imports_jit(path)}
-    assert len(compiled) > 10
-    assert compiled <= set(code_cache.sources())
-    for folder in folders:
-        for path in folder.rglob("*.py"):
-            assert "numba.njit" not in path.read_text() or path.name == "compiled.py", path
+    users = {path for folder in folders for path in folder.rglob("*.py") if imports_jit(path)}
+    assert len(users) > 10
+    assert users <= set(code_cache.sources())
+    compiling = {path for folder in folders for path in folder.rglob("*.py") if compiles(path.read_text())}
+    assert compiling == {ROOT / "retrieval_attn/compiled.py"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import numba as nb\n@nb.njit\ndef f(x): return x",
+        "import numba\nf = numba.vectorize(['f4(f4)'])(g)",
+        "from numba import guvectorize",
+        "from numba.stencils.stencil import stencil as s",
+        "from numba import jit as fast",
+        "@jit(cache=True)\ndef f(x): return x",
+    ],
+)
+def test_whatever_compiles_by_itself_is_seen(text):
+    assert compiles(text)
 
 
 SCORE = """
@@ -285,7 +486,7 @@ def test_numba_cache_dir_comes_first(tmp_path):
 def test_a_numba_cache_dir_that_cannot_be_written_is_named(tmp_path):
     done = call(NUMBA_CACHE_DIR=NOWHERE, XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout.startswith(str(tmp_path))
-    assert "NUMBA_CACHE_DIR cannot be used" in done.stderr
+    assert "not kept in NUMBA_CACHE_DIR" in done.stderr
     assert NOWHERE in done.stderr
 
 
@@ -293,7 +494,8 @@ def test_without_any_place_all_works_and_one_line_says_so():
     done = call(NOWHERE, HOME=NOWHERE)
     assert done.stdout.strip() == "None"
     assert done.stderr.count("set NUMBA_CACHE_DIR") == 1
-    assert "once per machine" not in done.stderr
+    assert done.stderr.count(NOWHERE) >= 2
+    assert "kept in" not in done.stderr
 
 
 @pytest.mark.skipif(not can_be_somebody_else(), reason="needs root, and setpriv")
