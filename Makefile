@@ -52,7 +52,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# Another release of transformers, with what it asks for, over all else that is in .venv.
+# Another release of transformers, with what it asks for, over all else that is in .venv; kept from run to run.
+.PRECIOUS: $(VENV)/transformers-%/.ready
 $(VENV)/transformers-%/.ready: $(READY)
 	$(BIN)/python -m venv --without-pip $(@D)
 	$(BIN)/python -c 'from sysconfig import get_path; print("import site; site.addsitedir(%r)" % get_path("purelib"))' \
