@@ -1,7 +1,7 @@
 """How CPU code is compiled: one `jit`, stored numbers read in place, and word when it takes a while.
 
-The two leaves `index/` and `kernels/` stand on this file, on arrays.py and on threads/pool.py, and on nothing else of
-the package. Where compiled code is kept, code_cache.py says.
+The two leaves `index/` and `kernels/` stand on this file, on arrays.py, atomic_file.py and threads/pool.py, and on
+nothing else of the package. Where compiled code is kept, code_cache.py says.
 """
 
 import logging
