@@ -1,6 +1,7 @@
 """What all kinds of index do alike: they stand on keys, and one thread at a time replaces what searches read."""
 
 import threading
+from abc import ABC, abstractmethod
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from retrieval_attn.index.keys import Keys
@@ -18,7 +19,7 @@ class OnKeys(Protocol):
 State = TypeVar("State", bound=OnKeys)
 
 
-class OverKeys(Generic[State]):
+class OverKeys(ABC, Generic[State]):
     """An index whose state is replaced as a whole and never changed, so that a search that holds an old one goes on.
 
     A kind adds `build`, `search`, `save` and `restore`, and says what else changes when its keys do.
@@ -60,14 +61,14 @@ class OverKeys(Generic[State]):
         """See `Index.snapshot`."""
         return self.fork()
 
+    @abstractmethod
     def _grow(self, keys: Keys) -> None:
         """Take `keys`, the old ones and more, into the state; under the lock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _shrink(self, keys: Keys) -> None:
         """Take `keys`, the first of the old ones, into the state; under the lock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forked(self, state: State, keys: Keys) -> Self:
         """Another index of this state over `keys`, the same ones."""
-        raise NotImplementedError
