@@ -14,7 +14,7 @@ from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
 from retrieval_attn.index import storage
 from retrieval_attn.index.keys import FlatKeys, HeadKeys, Keys, of_head
-from retrieval_attn.index.loops.dots import dot, dots_4x1, dots_4x4
+from retrieval_attn.index.loops.dots import add_run, dot, dots_4x1, dots_4x4
 from retrieval_attn.index.loops.topk import best_first, offer, offer_run
 from retrieval_attn.index.over_keys import OverKeys
 from retrieval_attn.index.protocol import Batch, SearchResult, Steps, check_effort, check_search
@@ -92,34 +92,48 @@ def scan(keys: Keys, queries: Array, k: int, start: int, stop: int) -> tuple[Arr
     n_chunks = max(1, min(-(-4 * numba.get_num_threads() // n_heads), n_keys // MIN_CHUNK))
     ids = np.empty((n_heads, n_queries, n_best), np.int32)
     scores = np.empty((n_heads, n_queries, n_best), np.float32)
-    scan_parallel(keys.flat, queries, start, stop, n_chunks, ids, scores)
+    size = -(-n_keys // n_chunks)
+    part_shape = (n_heads, n_chunks, n_queries, min(n_best, size))
+    part_ids, part_scores = np.empty(part_shape, np.int32), np.empty(part_shape, np.float32)
+    sizes = np.empty((n_heads, n_chunks), np.int64)
+    scan_chunks(keys.flat, queries, start, stop, size, part_ids, part_scores, sizes)
+    merge_chunks(part_ids, part_scores, sizes, ids, scores)
     return ids, scores
 
 
 @jit(parallel=True)
-def scan_parallel(
-    keys: FlatKeys, queries: Array, start: int, stop: int, n_chunks: int, ids: Array, scores: Array
+def scan_chunks(
+    keys: FlatKeys, queries: Array, start: int, stop: int, size: int, ids: Array, scores: Array, sizes: Array
 ) -> None:
-    n_heads, n_queries, _ = queries.shape
-    size = (stop - start + n_chunks - 1) // n_chunks
-    n_part = min(ids.shape[2], size)
-    part_ids = np.empty((n_heads, n_chunks, n_queries, n_part), np.int32)
-    part_scores = np.empty((n_heads, n_chunks, n_queries, n_part), np.float32)
-    sizes = np.zeros((n_heads, n_chunks), np.int64)
+    """Heaps of the best keys of each chunk of `size`: ids and scores (G, chunks, N, n), sizes (G, chunks)."""
+    n_heads, n_chunks = sizes.shape
     for task in numba.prange(n_heads * n_chunks):
         head, chunk = task // n_chunks, task % n_chunks
         first = start + chunk * size
         last = min(first + size, stop)
-        found = part_ids[head, chunk], part_scores[head, chunk]
-        sizes[head, chunk] = scan_chunk(of_head(keys, head), queries[head], first, last, found[0], found[1])
+        sizes[head, chunk] = scan_chunk(
+            of_head(keys, head), queries[head], first, last, ids[head, chunk], scores[head, chunk]
+        )
+
+
+@jit(parallel=True)
+def merge_chunks(part_ids: Array, part_scores: Array, sizes: Array, ids: Array, scores: Array) -> None:
+    """The best of what the chunks found, best first."""
+    n_heads, n_queries, _ = ids.shape
     for task in numba.prange(n_heads * n_queries):
         head, query = task // n_queries, task % n_queries
-        n = 0
-        for chunk in range(n_chunks):
-            for j in range(sizes[head, chunk]):
-                score, key = part_scores[head, chunk, query, j], part_ids[head, chunk, query, j]
-                n = offer(scores[head, query], ids[head, query], n, score, key)
-        best_first(scores[head, query], ids[head, query], n)
+        merge_heaps(
+            part_ids[head, :, query], part_scores[head, :, query], sizes[head], ids[head, query], scores[head, query]
+        )
+
+
+@jit()
+def merge_heaps(part_ids: Array, part_scores: Array, sizes: Array, ids: Array, scores: Array) -> None:
+    n = 0
+    for chunk in range(len(sizes)):
+        for j in range(sizes[chunk]):
+            n = offer(scores, ids, n, part_scores[chunk, j], part_ids[chunk, j])
+    best_first(scores, ids, n)
 
 
 @jit()
@@ -144,9 +158,9 @@ def scan_chunk(keys: HeadKeys, queries: Array, first: int, last: int, ids: Array
             for j in range(4 * n_quads, n_keys):
                 for i in range(width):
                     tile[i, j] = dot(values, base + (block + j) * stride, queries[query + i])
-            if len(bonus):
-                tile[:width, :n_keys] += bonus[block : block + n_keys]
             for i in range(width):
                 at = query + i
+                if len(bonus):
+                    add_run(tile[i, :n_keys], bonus, block)
                 sizes[at] = offer_run(scores[at], ids[at], sizes[at], tile[i, :n_keys], block)
     return min(last - first, ids.shape[1]) if last > first else 0

@@ -163,29 +163,53 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     return types.void(array, types.int64), codegen
 
 
+# A parallel function is compiled several times over, with all that it calls, so it does nothing but hand out tasks.
 @jit(parallel=True)
 def _attend(
     query: Array, keys: _Rows, values: _Rows, asked: _Asked, R: int, share: int, scale: float, out: Array, lse: Array
 ) -> None:
     """query (H, T, D) -> out (H, T, Dv), lse (H, T); `share` heads go together: R, or 1."""
-    ids, limits, raises = asked
-    H, T, Dv = out.shape
-    K = ids.shape[2]
+    H, T = lse.shape
     for task in numba.prange(H // share * T):
-        first, t = task // T * share, task % T
-        heads = slice(first, first + share)
-        group = first // R
-        found = np.empty(share * K, np.int64)
-        n = _union(ids[heads, t], found)
-        key_at = found[:n] * keys.row_stride + group * keys.group_stride
-        value_at = found[:n] * values.row_stride + group * values.group_stride
-        weights = np.empty((n, share), np.float32)
-        _score(query[heads, t] * scale, keys.flat, key_at, values.flat, value_at, Dv, weights)
-        _cut(weights, limits[heads, t], raises)
-        _softmax(weights, lse[heads, t])
-        total = np.zeros((share, Dv), np.float32)
-        _add_values(weights, values.flat, value_at, total)
-        out[heads, t] = total
+        _attend_group(query, keys, values, asked, R, task // T * share, share, task % T, scale, out, lse)
+
+
+@jit()
+def _attend_group(
+    query: Array,
+    keys: _Rows,
+    values: _Rows,
+    asked: _Asked,
+    R: int,
+    first: int,
+    share: int,
+    t: int,
+    scale: float,
+    out: Array,
+    lse: Array,
+) -> None:
+    """Query t of the heads from `first` on."""
+    ids, limits, raises = asked
+    heads = slice(first, first + share)
+    found = np.empty(share * ids.shape[2], np.int64)
+    n = _union(ids[heads, t], found)
+    key_at = _places(found, n, keys.row_stride, first // R * keys.group_stride)
+    value_at = _places(found, n, values.row_stride, first // R * values.group_stride)
+    weights = np.empty((n, share), np.float32)
+    _score(query[heads, t] * scale, keys.flat, key_at, values.flat, value_at, out.shape[2], weights)
+    _cut(weights, limits[heads, t], raises)
+    _softmax(weights, lse[heads, t])
+    out[heads, t] = np.float32(0)
+    _add_values(weights, values.flat, value_at, out[heads, t])
+
+
+@jit()
+def _places(found: Array, n: int, stride: int, start: int) -> Array:
+    """Where the rows of the first n of `found` begin."""
+    places = np.empty(n, np.int64)
+    for i in range(n):
+        places[i] = found[i] * stride + start
+    return places
 
 
 @jit()

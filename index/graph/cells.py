@@ -14,6 +14,7 @@ from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import jit
 from retrieval_attn.index.exact import scan_chunk
 from retrieval_attn.index.keys import HeadKeys
+from retrieval_attn.index.loops.dots import add_run, dot
 from retrieval_attn.index.protocol import Steps
 
 CELL = 256
@@ -233,7 +234,7 @@ def cluster(points: Array, n: int, labels: Array) -> None:
     scores = np.empty((n_points, 1), np.float32)
     for iteration in range(6):
         for c in range(n):
-            minus_half[c] = -0.5 * np.sum(centroids[c] * centroids[c])
+            minus_half[c] = -0.5 * dot(centroids[c], 0, centroids[c])
         scan_chunk(HeadKeys(centroids.reshape(-1), 0, dim, minus_half), points, 0, n, ids, scores)
         if iteration == 5:
             break
@@ -244,11 +245,12 @@ def cluster(points: Array, n: int, labels: Array) -> None:
             if counts[c]:
                 centroids[c] = 0
         for i in range(n_points):
-            centroids[ids[i, 0]] += points[i]
+            add_run(centroids[ids[i, 0]], points[i], 0)
         for c in range(n):
-            if counts[c]:
-                centroids[c] /= counts[c]
-    labels[:] = ids[:, 0]
+            for d in range(dim if counts[c] else 0):
+                centroids[c, d] /= counts[c]
+    for i in range(n_points):
+        labels[i] = ids[i, 0]
 
 
 def bounds_of(owners: Array) -> Array:

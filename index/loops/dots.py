@@ -45,6 +45,13 @@ def read_key(flat: Array, row: int, out: Array) -> None:
 
 
 @jit()
+def add_run(out: Array, values: Array, first: int) -> None:
+    """out += values[first : first + len(out)], as a loop: numba takes seconds to compile what it may broadcast."""
+    for j in range(len(out)):
+        out[j] += values[first + j]
+
+
+@jit()
 def dots_4x1(flat: Array, row: int, stride: int, query: Array, out: Array) -> None:
     """out[j] = <key at row + j * stride, query> for j < 4."""
     dim = len(query)

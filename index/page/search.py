@@ -6,7 +6,7 @@ import numpy as np
 from retrieval_attn.arrays import Array
 from retrieval_attn.compiled import as_float, jit
 from retrieval_attn.index.keys import FlatKeys, HeadKeys, of_head
-from retrieval_attn.index.loops.dots import dot, dots_4x1, dots_4x4, prefetch
+from retrieval_attn.index.loops.dots import add_run, dot, dots_4x1, dots_4x4, prefetch
 from retrieval_attn.index.loops.largest import choose
 from retrieval_attn.index.loops.topk import best_first, offer
 
@@ -42,7 +42,7 @@ def score_chunk(rows: Array, bonus: Array, asked: Array, first: int, last: int, 
             for i in range(n_queries):
                 best_rows(tile[i], n_rows, out[query + i, block : block + n])
                 if len(bonus):
-                    out[query + i, block : block + n] += bonus[block : block + n]
+                    add_run(out[query + i, block : block + n], bonus, block)
 
 
 @jit()
@@ -88,15 +88,23 @@ def open_pages(
 
     page_scores: (G, N, P), P >= effort. Writes ids and scores (G, N, k), best first; the pages must hold k keys.
     """
-    n_heads, n_queries, n_pages = page_scores.shape
+    n_heads, n_queries, _ = page_scores.shape
     for task in numba.prange(n_heads * n_queries):
         head, query = task // n_queries, task % n_queries
-        runs = np.empty(effort + 1, np.int64)
-        choose(page_scores[head, query], runs[:effort])
-        runs *= page_size
-        runs[effort] = n_pages * page_size
+        runs = best_pages(page_scores[head, query], effort, page_size)
         found = score_runs(of_head(keys, head), n_keys, page_size, queries[head, query], runs)
         keep_best(found, runs, page_size, ids[head, query], scores[head, query])
+
+
+@jit()
+def best_pages(page_scores: Array, effort: int, page_size: int) -> Array:
+    """The first keys of the `effort` best pages, and of what comes after the last full page."""
+    runs = np.empty(effort + 1, np.int64)
+    choose(page_scores, runs[:effort])
+    runs[effort] = len(page_scores)
+    for i in range(effort + 1):
+        runs[i] *= page_size
+    return runs
 
 
 @jit()
@@ -114,7 +122,7 @@ def score_runs(keys: HeadKeys, n_keys: int, page_size: int, query: Array, runs: 
         n = min(page_size, n_keys - runs[i])
         dots_run(values, base + runs[i] * stride, stride, n, query, out[at:])
         if len(bonus):
-            out[at : at + n] += bonus[runs[i] : runs[i] + n]
+            add_run(out[at : at + n], bonus, runs[i])
     return out[:-3]
 
 

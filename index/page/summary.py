@@ -188,12 +188,12 @@ def write_halfway(values: Array, start: int, stride_g: int, stride_s: int, page_
     for task in numba.prange(len(out) * n_pages):
         head, page = task // n_pages, task % n_pages
         row = start + head * stride_g + page * page_size * stride_s
-        high, low = out[head, page, 0, :dim], out[head, page, 0, dim:]
-        write_box(values, row, stride_s, page_size, high, low)
-        high *= half
-        low *= half
-        add_keys(values, row, stride_s, page_size, share, high)
-        add_keys(values, row, stride_s, page_size, share, low)
+        bounds = out[head, page, 0]
+        write_box(values, row, stride_s, page_size, bounds[:dim], bounds[dim:])
+        for d in range(2 * dim):
+            bounds[d] *= half
+        add_keys(values, row, stride_s, page_size, share, bounds[:dim])
+        add_keys(values, row, stride_s, page_size, share, bounds[dim:])
 
 
 @jit(parallel=True)

@@ -6,6 +6,7 @@ contain heavy hitters, and queries come from elsewhere."""
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 
 class Scene(NamedTuple):
@@ -67,6 +68,15 @@ def as_bfloat16(x):
     """float32 rounded to bfloat16, as uint16 bits."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+# How tests make keys of a stored dtype out of float32.
+STORED = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16), "bfloat16": as_bfloat16}
+
+# Every dtype is compiled for anew, which costs more than its tests, and float16 differs from bfloat16 in one function.
+every_stored = pytest.mark.parametrize(
+    "dtype", [pytest.param(name, marks=pytest.mark.long) if name == "float16" else name for name in STORED]
+)
 
 
 def recall(found, truth):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from retrieval_attn.kernels import reference
@@ -13,6 +14,9 @@ RATIOS = [1, 2, 4, 7]
 DIMS = [8, 64, 80, 128, 256]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# Of numba's kernels, which are compiled for every dtype anew; float16 differs from bfloat16 in one function.
+COMPILED = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16]
 
 
 def peaky(G=2, R=2, T=1, S=63, D=64, Dv=None, B=1, dtype=torch.float32):

@@ -3,18 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from index_vectors import as_bfloat16, attention_like
+from index_vectors import STORED, attention_like, every_stored
 
 from retrieval_attn.arrays import as_float32
 from retrieval_attn.index import build_index
 from retrieval_attn.index.exact import scan
 from retrieval_attn.index.keys import Keys
-
-STORED = {
-    "float32": lambda x: x,
-    "float16": lambda x: x.astype(np.float16),
-    "bfloat16": as_bfloat16,
-}
 
 
 def by_definition(keys, q):
@@ -31,7 +25,7 @@ def tolerance(keys, q):
     return 2 * max(error, np.finfo(np.float32).eps * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@every_stored
 @pytest.mark.parametrize("n_keys", [1, 63, 1000])
 @pytest.mark.parametrize(("group", "n_times"), [(1, 1), (4, 1), (1, 5), (4, 5), (3, 1)])
 def test_scores_and_ids_follow_the_definition(dtype, n_keys, group, n_times):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from peaky import DIMS, DTYPES, LENGTHS, RATIOS, float32_rounding, peaky
+from peaky import COMPILED, DIMS, LENGTHS, RATIOS, float32_rounding, peaky
 
 from retrieval_attn.kernels import attend_dense, attend_far, reference
 
@@ -39,7 +39,7 @@ def assert_as_exact_as_its_dtype(state, query, keys, values, ids, scale, share_g
 
 
 @pytest.mark.parametrize("share_group", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPILED)
 @pytest.mark.parametrize("S", LENGTHS)
 @pytest.mark.parametrize("R", RATIOS)
 def test_lengths_and_group_ratios(share_group, dtype, S, R):
@@ -47,7 +47,7 @@ def test_lengths_and_group_ratios(share_group, dtype, S, R):
     assert_as_exact_as_its_dtype(attend_far(*inputs, share_group=share_group), *inputs, share_group)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPILED)
 @pytest.mark.parametrize("D", [*DIMS, 7])
 def test_head_dimensions(dtype, D):
     inputs = lookup(D=D, R=5, dtype=dtype)
@@ -69,6 +69,7 @@ def test_int8_is_read_as_plain_numbers(share_group, S, D, R):
     assert_as_exact_as_its_dtype(attend_far(*inputs, share_group=share_group), *inputs, share_group)
 
 
+@pytest.mark.long
 def test_keys_and_values_may_differ_in_dtype():
     query, keys, values, ids, scale = lookup(dtype=torch.float16)
     keys, unit = as_int8(keys.float())
@@ -81,7 +82,7 @@ def test_values_of_another_dimension():
     assert_as_exact_as_its_dtype(attend_far(*inputs), *inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPILED)
 def test_all_ids_is_full_attention(dtype):
     query, keys, values, _, scale = lookup(S=300, T=3, dtype=dtype)
     ids = np.tile(np.arange(300, dtype=np.int32), (4, 3, 1))
@@ -154,7 +155,7 @@ def test_no_keys_is_the_empty_state():
     assert state.out.shape == (1, 4, 3, 64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPILED)
 def test_strided_keys_are_read_in_place(dtype):
     query, keys, values, ids, scale = lookup(T=2, dtype=dtype)
     expected = attend_far(query, keys, values, ids, scale)
@@ -165,7 +166,7 @@ def test_strided_keys_are_read_in_place(dtype):
 
 
 def test_numpy_and_three_axes_are_taken():
-    query, keys, values, ids, scale = lookup(dtype=torch.float16)
+    query, keys, values, ids, scale = lookup()
     expected = attend_far(query, keys, values, ids, scale)
     state = attend_far(query[0], keys.numpy(), values.numpy(), torch.from_numpy(ids), scale)
     assert torch.equal(state.out, expected.out)

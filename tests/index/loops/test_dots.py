@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from index_vectors import as_bfloat16
+from index_vectors import STORED
 
 from retrieval_attn.arrays import as_float32, as_stored
 from retrieval_attn.index.loops import dots
-
-STORED = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16), "bfloat16": as_bfloat16}
 
 
 @pytest.mark.parametrize("dtype", STORED)

@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from index_vectors import as_bfloat16, attention_like
+from index_vectors import STORED, as_bfloat16, attention_like, every_stored
 from scan_codes import decoded
 
 from retrieval_attn.index.keys import Keys
 from retrieval_attn.index.scan.codes import CHUNK, Codes, extend
 from retrieval_attn.index.scan.map import fit
-
-STORED = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16), "bfloat16": as_bfloat16}
 
 
 def encoded(keys, coordinates, codes=None):
@@ -19,7 +17,7 @@ def encoded(keys, coordinates, codes=None):
     return codes._replace(n_keys=keys.shape[1])
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@every_stored
 @pytest.mark.parametrize("n_keys", [1, 3, 63, 1000, CHUNK + 5])
 def test_codes_stand_for_the_coordinates(dtype, n_keys):
     scene = attention_like(n_keys=n_keys, n_queries=16, dim=40)

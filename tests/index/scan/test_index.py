@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from index_vectors import as_bfloat16, attention_like, recall
+from index_vectors import STORED, as_bfloat16, attention_like, every_stored, recall
 
 from retrieval_attn.index import build_index
 from retrieval_attn.index.scan.codes import NOT_A_NUMBER
-
-STORED = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16), "bfloat16": as_bfloat16}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def test_the_index_is_small(scene, index):
     assert index.nbytes < 0.25 * 2 * as_bfloat16(scene.keys).nbytes
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@every_stored
 @pytest.mark.parametrize("dim", [6, 24, 100])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("n_keys", [63, 1000, 4007])
