@@ -17,15 +17,17 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import itertools
 import random
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
-# What most tests need of compiled code: as many shares of it as `make test` has processes.
-SHARES = (("graph", "page"), ("exact", "scan"))
-DTYPES = (np.float32, np.uint16, np.int8)
+# What many tests need of compiled code, what others call first.
+COMPILED = list(itertools.product(("float32", "uint16", "int8"), ("exact", "far", "graph", "scan", "page")))
 
 LEFT_OUT = "left to `make test-long`"
 
@@ -53,11 +55,35 @@ def pytest_sessionstart(session):
     worker = getattr(session.config, "workerinput", None)
     if worker is None:
         return
-    from retrieval_attn.index import prepare
+    claims = claims_of(worker["testrunuid"])
+    claims.mkdir(exist_ok=True)
+    for dtype, what in COMPILED:
+        try:
+            (claims / f"{what}-{dtype}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        compile_ahead(what, np.dtype(dtype))
 
-    for share in SHARES[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
-        for kind, dtype in itertools.product(share, DTYPES):
-            prepare(kind, np.dtype(dtype))
+
+def pytest_sessionfinish(session):
+    workers = session.config.pluginmanager.getplugin("dsession")
+    if workers is not None:
+        shutil.rmtree(claims_of(workers.nodemanager.testrunuid), ignore_errors=True)
+
+
+def claims_of(run):
+    """The folder where the processes of a run say what they compile."""
+    return Path(tempfile.gettempdir()) / f"retrieval-attn-tests-{run}"
+
+
+def compile_ahead(what, dtype):
+    from retrieval_attn.index import prepare
+    from retrieval_attn.kernels import attend_far
+
+    if what != "far":
+        return prepare(what, dtype)
+    keys = np.zeros((1, 1, 16), dtype)
+    attend_far(torch.zeros(1, 1, 1, 16), keys, keys, np.zeros((1, 1, 1), np.int32), 1.0)
 
 
 def pytest_collection_modifyitems(config, items):

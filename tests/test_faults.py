@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from laws import times
 from tiny_models import save_tiny_chat_model
 
 import retrieval_attn as ra
@@ -229,17 +230,18 @@ class TestInterruptions:
 
 
 def child_interrupted(folder):
-    """Ctrl-C at twelve moments of reading, asking and forking, and as builds end."""
+    """Ctrl-C at moments of reading, asking and forking, and as builds end."""
     llm = load_tiny(folder)
     expected = asked(llm.session())
     started = time.perf_counter()
     asked(llm.session().fork())
     whole = time.perf_counter() - started
-    for i in range(12):
-        timer = threading.Timer(whole * i / 12, os.kill, (os.getpid(), signal.SIGINT))
+    n = times(12)
+    for i in range(n):
+        timer = threading.Timer(whole * i / n, os.kill, (os.getpid(), signal.SIGINT))
         session = interrupted(llm, timer.start)
         assert asked(session) == expected, i
-    for at in (1, 2, 3) * 4:
+    for at in (1, 2, 3) * (n // 4):
         with pytest.MonkeyPatch.context() as patched:
             session = interrupted(llm, lambda patched=patched, at=at: interrupting_builds(patched, at))
         assert asked(session) == expected, at

@@ -314,6 +314,7 @@ BATCHES = scenarios(
 )
 
 
+@examples(50)
 @given(CONVERSATIONS)
 def test_any_conversation_equals_stock(scenario):
     """Laws 1, 3, 4 and 6, and forks and crops in any order."""

@@ -1,5 +1,9 @@
-"""How many examples a law is tried on, and how often chance is given its turn."""
+"""How much is tried without `--long`: examples of a law, turns given to chance, parameters of a test."""
 
+import itertools
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 
@@ -11,3 +15,21 @@ def examples(n: int) -> settings:
 def times(n: int) -> int:
     """How often to try what only chance can find: a third of `n`, at least 4; all of it in `make test-long`."""
     return n if settings().max_examples > 100 else max(4, n // 3)
+
+
+def rarely(*cases: Any) -> list[Any]:
+    """These parameters of a test only in `make test-long`."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long) for case in cases]
+
+
+def some_of(*axes: Any) -> list[Any]:
+    """All combinations of the values of the axes, as parameters of a test; all but a few only in `make test-long`.
+
+    The few are as many as the longest axis has values, and have every value of every axis.
+    """
+    n = max(len(axis) for axis in axes)
+    # Shifted by one after each round, so that two axes of one length meet in more than equal places.
+    few = {tuple((i + i // len(axis)) % len(axis) for axis in axes) for i in range(n)}
+    places = itertools.product(*(range(len(axis)) for axis in axes))
+    cases = zip(places, itertools.product(*axes), strict=True)
+    return [pytest.param(*case, marks=() if place in few else pytest.mark.long) for place, case in cases]

@@ -6,7 +6,6 @@ process of its own, many kernels at a time. Results stay in Triton's cache, and 
 
 import functools
 import importlib
-import itertools
 import json
 import os
 import re
@@ -15,8 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import pytest
 
 # Bytes of shared memory that one program may use, by compute capability: A100, RTX 4090, H100.
 SHARED_LIMIT = {80: 163 * 1024, 89: 101_376, 90: 227 * 1024}
@@ -57,18 +54,6 @@ def compile_all(builds: tuple[Build, ...]) -> dict[Build, Built | str]:
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     return {build: r if isinstance(r, str) else Built(*r) for build, r in zip(builds, results, strict=True)}
-
-
-def some_of(*axes: Any) -> list[Any]:
-    """All combinations of the values of the axes, as parameters of a test; marked long but for a cover of the pairs.
-
-    The cover has every pair of a value of the first axis and one of the second once, and goes round the values of
-    later axes meanwhile, so that these meet all values of the first two if they are fewer.
-    """
-    places = itertools.product(*(range(len(axis)) for axis in axes))
-    chosen = [all(k == (i + j) % len(axis) for k, axis in zip(rest, axes[2:], strict=True)) for i, j, *rest in places]
-    cases = zip(itertools.product(*axes), chosen, strict=True)
-    return [pytest.param(*case, marks=() if short else pytest.mark.long) for case, short in cases]
 
 
 def compile_case(of: Callable[..., Build], case: tuple[Any, ...], cases: list[Any]) -> Built | str:

@@ -4,6 +4,7 @@ import json
 from functools import partial
 
 import pytest
+from laws import rarely
 from tiny_models import save_tiny_chat_model
 
 import retrieval_attn as ra
@@ -110,7 +111,7 @@ def test_bugs_are_not_rows(llm, monkeypatch):
 # Interrupted and taken up
 
 
-@pytest.mark.parametrize("after", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("after", [1, 7, *rarely(2, 3, 20)])
 def test_an_interrupted_run_is_taken_up_where_it_was(llm, tmp_path, after):
     out, plan = tmp_path / "r.json", planned()
     expected = scored(runner(llm).rows(plan))
@@ -249,7 +250,7 @@ SMOKE = {
 }
 
 
-@pytest.mark.parametrize("bench", SMOKE)
+@pytest.mark.parametrize("bench", ["needle", *rarely("ruler", "scbench", "compare")])
 def test_the_same_seed_gives_the_same_bytes(bench, capsys, tmp_path):
     words = [bench, "-c", "2k", "--limit", "1", *SMOKE[bench], "--scores-only"]
     if bench != "compare":
@@ -272,23 +273,12 @@ def test_the_same_seed_gives_the_same_bytes(bench, capsys, tmp_path):
 
 
 def test_the_embedded_model_finds_a_needle_and_streaming_does_not(capsys):
-    words = [
-        "needle",
-        "-c",
-        "4k",
-        "--depths",
-        "1",
-        "--samples",
-        "3",
-        "--plain",
-        "--method",
-        "full,scan,graph,streaming",
-    ]
+    words = ["needle", "-c", "4k", "--depths", "1", "--plain", "--method", "full,scan,graph,streaming"]
     status, out, _ = call(capsys, *words, "-o", "json")
     rows = json.loads(out)["results"]
     right = {name: sum(row["score"] for row in rows if row["method"] == name) for name in ("full", "scan", "graph")}
     assert status == 0
-    assert right == {"full": 3, "scan": 3, "graph": 3}
+    assert right == {"full": 1, "scan": 1, "graph": 1}
     assert sum(row["score"] for row in rows if row["method"] == "streaming") == 0
 
 

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from laws import some_of
 from states import GAPS, assert_same, state, wide
-from triton_compile import Build, assert_fits, compile_case, some_of
+from triton_compile import Build, assert_fits, compile_case
 
 from retrieval_attn.kernels import AttentionState, reference
 from retrieval_attn.kernels.gpu.merge import merge_pair, settings

@@ -5,8 +5,9 @@ import logging
 
 import pytest
 import torch
+from laws import some_of
 from peaky import assert_as_exact_as_its_dtype, peaky
-from triton_compile import Build, assert_fits, compile_case, some_of
+from triton_compile import Build, assert_fits, compile_case
 
 from retrieval_attn.kernels import AttentionState, near
 from retrieval_attn.kernels.gpu import near as gpu_near
