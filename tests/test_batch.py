@@ -215,12 +215,20 @@ def test_padding_stands_on_the_left():
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("text", False), ([1, 2], False), ([{"role": "user", "content": "?"}], False), ([], False),
-        (torch.tensor([[1, 2]]), False), (list(torch.tensor([1, 2])), False),
-        (["text"], True), (("a", "b"), True), ([[1, 2]], True), ([[{"role": "user", "content": "?"}]], True),
-        ([torch.tensor([1, 2])], True), ([[]], True),
+        ("text", False),
+        ([1, 2], False),
+        ([{"role": "user", "content": "?"}], False),
+        ([], False),
+        (torch.tensor([[1, 2]]), False),
+        (list(torch.tensor([1, 2])), False),
+        (["text"], True),
+        (("a", "b"), True),
+        ([[1, 2]], True),
+        ([[{"role": "user", "content": "?"}]], True),
+        ([torch.tensor([1, 2])], True),
+        ([[]], True),
     ],
-)  # fmt: skip
+)
 def test_what_is_a_batch(prompt, expected):
     assert is_batch(prompt) is expected
 

@@ -72,12 +72,15 @@ def test_stats_tell_what_happened(llm):
 @pytest.mark.parametrize(
     ("n", "chunk", "prefill", "ends"),
     [
-        (5000, 2048, "dense", [2048, 4096, 5000]), (5000, 2048, "auto", [2048, 4096, 4744, 5000]),
-        (4352, 2048, "auto", [2048, 4096, 4352]), (100, 2048, "auto", [100]),
+        (5000, 2048, "dense", [2048, 4096, 5000]),
+        (5000, 2048, "auto", [2048, 4096, 4744, 5000]),
+        (4352, 2048, "auto", [2048, 4096, 4352]),
+        (100, 2048, "auto", [100]),
         (1400, 512, "auto", [512, 1024, 1144, 1400]),
-        (0, 2048, "auto", []), (1, 1, "dense", [1]),
+        (0, 2048, "auto", []),
+        (1, 1, "dense", [1]),
     ],
-)  # fmt: skip
+)
 def test_a_prompts_last_tokens_are_a_chunk_of_their_own_where_prefill_may_be_sparse(n, chunk, prefill, ends):
     assert chunk_ends(n, ra.RetrievalConfig(prefill_chunk=chunk, prefill=prefill)) == ends
 

@@ -294,9 +294,15 @@ def scenarios(models: list[str], padding: st.SearchStrategy, first: st.SearchStr
     """Conversations that begin with `first` and go on with up to ten of `rest`."""
     operations = st.builds(lambda one, more: [one, *more], first, st.lists(rest, max_size=10))
     return st.builds(
-        Scenario, st.sampled_from(models), OPTIONS, on_disk=st.booleans(), room=st.sampled_from([1 << 20, 32]),
-        few=st.sampled_from([1 << 20, 0]), padding=padding, operations=operations,
-    )  # fmt: skip
+        Scenario,
+        st.sampled_from(models),
+        OPTIONS,
+        on_disk=st.booleans(),
+        room=st.sampled_from([1 << 20, 32]),
+        few=st.sampled_from([1 << 20, 0]),
+        padding=padding,
+        operations=operations,
+    )
 
 
 CONVERSATIONS = scenarios(

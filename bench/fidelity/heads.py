@@ -150,8 +150,10 @@ def find_planted(cache: RetrievalCache, method: Method, held: list[Held], most: 
     into `cache`, which is of no use then."""
     found: list[float | None] = []
     with cache.working():
-        planted = [plant(one, memory, n_covered(memory.split.n_far), most, seed)
-                   for one, memory in zip(held, cache.memories, strict=True)]  # fmt: skip
+        planted = [
+            plant(one, memory, n_covered(memory.split.n_far), most, seed)
+            for one, memory in zip(held, cache.memories, strict=True)
+        ]
         for one, memory, index, ids in zip(held, cache.memories, indexes(cache, method), planted, strict=True):
             hit = np.zeros(ids.shape, bool) if index is None else _hit(one, memory, index, ids)
             found += [float(hit[h, row >= 0].mean()) if (row >= 0).any() else None for h, row in enumerate(ids)]

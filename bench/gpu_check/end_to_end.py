@@ -22,9 +22,15 @@ METHODS = ("stock", "dense", "auto", "vertical_slash")
 
 # The shape of Llama 3 8B.
 LLAMA_8B = {
-    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 20, "rope_theta": 500_000.0,
-}  # fmt: skip
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 1 << 20,
+    "rope_theta": 500_000.0,
+}
 
 # Share of the peak that a prefill is taken to reach, to foresee how long one takes.
 _EFFICIENCY = 0.3

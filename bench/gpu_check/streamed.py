@@ -22,9 +22,14 @@ from retrieval_attn.generate import chunk_ends
 from retrieval_attn.hf.versions import cache_argument
 
 SHAPE = {
-    "vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
 
 # Tokens of the prompt, and how many of them a later turn brings.
 N, FOLLOWING = 1500, 300
@@ -44,9 +49,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "sparse, a third kept": {"prefill": "a_shape", "device_kv_budget": N * TOKEN_BYTES // 3, **CUT},
     "int8, all streamed": {"kv_dtype": "int8", "device_kv_budget": 0, **CUT},
     "follow-up retrieves": {
-        "followup": "retrieve", "index": "exact", "top_k": N, "estimator": "topk", "n_sink": 16, "n_local": 64, **CUT,
+        "followup": "retrieve",
+        "index": "exact",
+        "top_k": N,
+        "estimator": "topk",
+        "n_sink": 16,
+        "n_local": 64,
+        **CUT,
     },
-}  # fmt: skip
+}
 
 
 class Setting(NamedTuple):

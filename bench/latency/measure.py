@@ -107,8 +107,10 @@ def _layer_notes(options: Options, env: dict[str, Any], rows: list[Row]) -> list
         "full: the sdpa attention function of stock transformers; what its cache costs (one copy of all keys and "
         "values per step) is not counted; folded: the same sdpa, head group folded into the query axis",
         "rel. error: against float32 attention over all tokens; each output was first checked against attention over "
-        "the tokens it selected" if options.check else "outputs were not checked: do not quote these numbers",
-    ]  # fmt: skip
+        "the tokens it selected"
+        if options.check
+        else "outputs were not checked: do not quote these numbers",
+    ]
     longest = max((row["context"] for row in rows if row["gb_per_s"] is not None), default=None)
     notes += [_bound(row) for row in rows if row["context"] == longest and row["gb_per_s"] is not None]
     return notes

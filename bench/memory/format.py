@@ -51,8 +51,10 @@ def as_text(rows: list[Row]) -> str:
 def peak_lines(row: Row) -> list[Row]:
     """A line for every phase, planned, measured, and their ratio; then one for the highest of all."""
     lines = [_peak_line(row, name, row["planned"][name], row["measured"][name]) for name in PHASES]
-    highest = [{where: max(row[side][name][where] for name in PHASES) for where in ("host", "device")} for side in
-               ("planned", "measured")]  # fmt: skip
+    highest = [
+        {where: max(row[side][name][where] for name in PHASES) for where in ("host", "device")}
+        for side in ("planned", "measured")
+    ]
     return [*lines, _peak_line(row, "peak", *highest)]
 
 

@@ -100,11 +100,16 @@ class FrozenIndex:
         scores = np.pad(hit.scores, ((0, 0), (0, 0), (0, short)), constant_values=-np.inf)
         if (n_late := self.n_keys - self._n_built) == 0:
             return SearchResult(ids, scores, hit.visited)
-        late = np.repeat(as_float32(as_array(self._keys, "keys")[:, self._n_built : self.n_keys]),
-                         len(query) // self.shape[0], axis=0)  # fmt: skip
+        late = np.repeat(
+            as_float32(as_array(self._keys, "keys")[:, self._n_built : self.n_keys]),
+            len(query) // self.shape[0],
+            axis=0,
+        )
         all_scores = np.concatenate([scores, np.einsum("htd,hnd->htn", query, late)], axis=-1)
-        all_ids = np.concatenate([ids, np.broadcast_to(np.arange(self._n_built, self.n_keys, dtype=np.int32),
-                                                       (*ids.shape[:2], n_late))], axis=-1)  # fmt: skip
+        all_ids = np.concatenate(
+            [ids, np.broadcast_to(np.arange(self._n_built, self.n_keys, dtype=np.int32), (*ids.shape[:2], n_late))],
+            axis=-1,
+        )
         order = np.argsort(-all_scores, axis=-1, kind="stable")[..., :k]
         best = [np.take_along_axis(x, order, axis=-1) for x in (all_ids, all_scores)]
         return SearchResult(best[0], best[1], hit.visited + n_late)

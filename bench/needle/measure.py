@@ -54,8 +54,10 @@ def _plan(settings: Settings, text: str | None, llm: "LLM", prompts: "Prompts") 
     texts = [places] if settings.options["together"] else [[depth] for depth in places]
     wanted = [
         (context, sample, depths)
-        for context in settings.contexts for sample in range(settings.samples) for depths in texts
-    ][: settings.limit]  # fmt: skip
+        for context in settings.contexts
+        for sample in range(settings.samples)
+        for depths in texts
+    ][: settings.limit]
     for context, sample, depths in wanted:
         maker = needle_maker(context, depths, sample, settings.seed, text, plain)
         make = partial(fit, maker, context, prompts, llm.max_tokens)

@@ -47,10 +47,16 @@ def needle_maker(
         else:
             body = "".join(inserted(sentences, [f"\n{needle}\n" for needle in needles], places)).strip()
         turns = [
-            Turn(ask.format(city=city), (number := needle.split(": ")[1],), "contains", MAX_NEW_TOKENS, golden=number,
-                 depth=depth)
+            Turn(
+                ask.format(city=city),
+                (number := needle.split(": ")[1],),
+                "contains",
+                MAX_NEW_TOKENS,
+                golden=number,
+                depth=depth,
+            )
             for city, needle, depth in zip(cities, needles, depths, strict=True)
-        ]  # fmt: skip
+        ]
         return Example(
             "needle", needle_id(n_tokens, depths, sample), begin + body, tuple(turns), facts={"needles": needles}
         )

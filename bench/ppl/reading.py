@@ -152,15 +152,17 @@ class Foretelling:
         fed = full if full is not None and method.label == self._full.label else self._feed(method)
         # After each token fed, the model foretells the one behind it.
         wanted = self._ids[context + 1 :][: self._stretch]
-        return [{
-            **self.blank(context, method.label)[0],
-            **judge(fed.logits, wanted, None if full is None else full.logits)._asdict(),
-            "tokens": self._stretch,
-            "tpot_ms": 1e3 * median(fed.seconds),
-            "visited_pct": None if fed.visited is None else 100 * fed.visited,
-            "status": "ok",
-            "reason": self._missing,
-        }]  # fmt: skip
+        return [
+            {
+                **self.blank(context, method.label)[0],
+                **judge(fed.logits, wanted, None if full is None else full.logits)._asdict(),
+                "tokens": self._stretch,
+                "tpot_ms": 1e3 * median(fed.seconds),
+                "visited_pct": None if fed.visited is None else 100 * fed.visited,
+                "status": "ok",
+                "reason": self._missing,
+            }
+        ]
 
     def blank(self, context: int, method: str) -> list[Row]:
         """One row."""

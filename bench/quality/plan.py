@@ -21,8 +21,12 @@ def plan_tasks(
     """
     require_room(settings, llm.max_tokens)
     prompts = Prompts(llm)
-    return [one for context in sorted(settings.contexts) for task in tasks
-            for one in _of_task(settings, task, context, maker_of, modes, prompts, llm.max_tokens)]  # fmt: skip
+    return [
+        one
+        for context in sorted(settings.contexts)
+        for task in tasks
+        for one in _of_task(settings, task, context, maker_of, modes, prompts, llm.max_tokens)
+    ]
 
 
 def require_room(settings: Settings, longest: int) -> None:

@@ -36,9 +36,16 @@ class Estimator:
         """Output (H, Dv) for query (H, 1, D) float32 and the hits of its search; index: the lifted one, for "lift"."""
         lift = index.lift if self.lifted and index is not None else None
         found = estimate_attention(
-            query[None], vectors.keys, vectors.values, hits, scale,
-            estimator=self.name, tail=tail, lift=lift, share_group=self.shared,
-        )  # fmt: skip
+            query[None],
+            vectors.keys,
+            vectors.values,
+            hits,
+            scale,
+            estimator=self.name,
+            tail=tail,
+            lift=lift,
+            share_group=self.shared,
+        )
         return found.state.out[0, :, 0]
 
 

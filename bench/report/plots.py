@@ -70,9 +70,11 @@ def _fidelity(report: ReportFile) -> Any:
 def _memory(report: ReportFile) -> Any:
     """A panel per row and side: the planned and the measured peak of every phase."""
     parts = [
-        (row, where) for row in report.good for where in ("host", "device")
+        (row, where)
+        for row in report.good
+        for where in ("host", "device")
         if any(row["planned"][phase][where] for phase in PHASES)
-    ]  # fmt: skip
+    ]
     if not parts:
         return None
     figure, every = panels(len(parts), 7.6 if len(parts) == 1 else 5, 3.2)

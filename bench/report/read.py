@@ -165,7 +165,11 @@ def _is_number(value: Any) -> bool:
 
 def _has_peaks(row: Row) -> bool:
     try:
-        return all(_is_number(row[side][phase][where]) for side in ("planned", "measured") for phase in PHASES
-                   for where in ("host", "device"))  # fmt: skip
+        return all(
+            _is_number(row[side][phase][where])
+            for side in ("planned", "measured")
+            for phase in PHASES
+            for where in ("host", "device")
+        )
     except (KeyError, TypeError):
         return False

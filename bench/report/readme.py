@@ -140,8 +140,9 @@ def quality(found: Found, folder: Path) -> str:
     every = [(report, line) for report in reports for line in _asked(report)]
     able = {(report.name, line.task) for report, line in every if any(one.mean for one in line.scores.values())}
     lines = [(report, line) for report, line in every if (report.name, line.task) in able]
-    beyond = dict.fromkeys(f"{_plain(line.task)} ({report.kind})"
-                           for report, line in every if (report.name, line.task) not in able)  # fmt: skip
+    beyond = dict.fromkeys(
+        f"{_plain(line.task)} ({report.kind})" for report, line in every if (report.name, line.task) not in able
+    )
     names = methods(line for _, line in lines)
     columns = [
         ("", "report", "{}"),

@@ -22,9 +22,16 @@ N_TURNS = 5
 
 # Room for an answer, by task.
 MAX_NEW_TOKENS = {
-    "kv": 150, "kv_short": 40, "prefix_suffix": 150, "vt": 30, "mf": 5, "many_shot": 10, "mix_kv": 80,
-    "mix_kv_short": 40, "mix_passkey": 15,
-}  # fmt: skip
+    "kv": 150,
+    "kv_short": 40,
+    "prefix_suffix": 150,
+    "vt": 30,
+    "mf": 5,
+    "many_shot": 10,
+    "mix_kv": 80,
+    "mix_kv_short": 40,
+    "mix_passkey": 15,
+}
 
 STRING_RETRIEVAL = ("kv", "kv_short", "prefix_suffix", "vt")
 
@@ -120,10 +127,16 @@ def prefix_suffix(size: int, rng: np.random.Generator, essay: facts.Essay) -> Ma
     entries = draw_strings(size, rng)
     context = "dict = " + json.dumps(entries)
     turns = [
-        Turn(ask_for_word(word), (word,), "contains", MAX_NEW_TOKENS["prefix_suffix"], golden=word,
-             depth=context.index(word) / len(context))
+        Turn(
+            ask_for_word(word),
+            (word,),
+            "contains",
+            MAX_NEW_TOKENS["prefix_suffix"],
+            golden=word,
+            depth=context.index(word) / len(context),
+        )
         for word in (entries[i] for i in _spread(size, rng))
-    ]  # fmt: skip
+    ]
     return context, turns, {"entries": entries}
 
 
@@ -168,9 +181,19 @@ def math_find(size: int, rng: np.random.Generator, essay: facts.Essay) -> Made:
 PEOPLE = ("Alice", "Bob", "Claire", "Dave", "Eve", "Fred", "Gertrude")
 GIFTS = ("yellow present", "red present", "blue present", "green ball", "pink ball", "orange ball", "purple present")
 MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
-)  # fmt: skip
+)
 OPTIONS = "ABCDEFG"
 
 
@@ -251,10 +274,17 @@ def mixed_needles(size: int, rng: np.random.Generator, essay: facts.Essay) -> Ma
     lines = [PASSKEY.format(name=name, key=key) for name, key in zip(names, keys, strict=True)]
     context = PASSKEY_BEGIN + _scattered(essay.words(size), lines, rng)
     turns = [
-        Turn(PASSKEY_ASK.format(name=name), (key,), "first_number", MAX_NEW_TOKENS["mix_passkey"], golden=key,
-             depth=context.index(line) / len(context), part="passkey")
+        Turn(
+            PASSKEY_ASK.format(name=name),
+            (key,),
+            "first_number",
+            MAX_NEW_TOKENS["mix_passkey"],
+            golden=key,
+            depth=context.index(line) / len(context),
+            part="passkey",
+        )
         for name, key, line in zip(names, keys, lines, strict=True)
-    ]  # fmt: skip
+    ]
     return context, [turns[i] for i in rng.permutation(len(turns))], {"keys": keys}
 
 

@@ -68,9 +68,10 @@ def command(
         raise ValueError(f"FOLDER cannot be made at {str(folder)!r}: {error.strerror}") from error
     common = {"model": model.model, "seed": config.seed, "threads": config.threads, "device": model.device}
     failures = [
-        name for name, asked in _parts(contexts[0], limit).items()
+        name
+        for name, asked in _parts(contexts[0], limit).items()
         if not _run(name, folder, {**common, **asked}, resume)
-    ]  # fmt: skip
+    ]
     from retrieval_attn.bench.report import command as report
 
     page = folder / "report.html"

@@ -183,5 +183,12 @@ class Forms:
 
 
 FORMS: tuple[Callable[[Forms, int], Text], ...] = (
-    Forms.niah, Forms.niah, Forms.pairs, Forms.pairs, Forms.pairs, Forms.pairs, Forms.cities, Forms.pass_keys,
-)  # fmt: skip
+    Forms.niah,
+    Forms.niah,
+    Forms.pairs,
+    Forms.pairs,
+    Forms.pairs,
+    Forms.pairs,
+    Forms.cities,
+    Forms.pass_keys,
+)

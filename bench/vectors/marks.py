@@ -148,10 +148,12 @@ def part_of(head: Head, text: Text, positions: Tensor) -> Tensor:
     behind = positions[:, None] - key
     along = (behind - head.distance + 1) % head.period <= 2
     claims = (
-        (key < N_SINK).expand_as(behind), behind < LOCAL, (text.hubs == head.family).expand_as(behind),
+        (key < N_SINK).expand_as(behind),
+        behind < LOCAL,
+        (text.hubs == head.family).expand_as(behind),
         along & (behind >= head.distance - 1),
         text.topics[key // PASSAGE] == head.topics[positions // PASSAGE][:, None],
-    )  # fmt: skip
+    )
     part = torch.full(behind.shape, N_MARKED)
     for i, claim in reversed(list(enumerate(claims))):
         part[claim & (behind >= 0)] = i
@@ -164,8 +166,14 @@ def part_scores(asked: Tensor, keys: Tensor, sizes: Sizes) -> list[Tensor]:
     first, others = slice(0, 1), slice(1, None)
     sink = marks[0][:, first] @ marks[1][:, first].T
     vertical = marks[0][:, others] @ marks[1][:, others].T
-    return [content[0] @ content[1].T, sink, local[0] @ local[1].T, vertical, slash[0] @ slash[1].T,
-            topic[0] @ topic[1].T]  # fmt: skip
+    return [
+        content[0] @ content[1].T,
+        sink,
+        local[0] @ local[1].T,
+        vertical,
+        slash[0] @ slash[1].T,
+        topic[0] @ topic[1].T,
+    ]
 
 
 def _turn(position: Tensor, speeds: Tensor) -> Tensor:

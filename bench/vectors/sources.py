@@ -19,9 +19,18 @@ from retrieval_attn.bench.vectors.real import Capture, load_capture
 from retrieval_attn.bench.vectors.shaped import shaped
 
 __all__ = [
-    "PROPERTIES", "SOURCES", "Capture", "Vectors", "capture", "check_source", "load_capture", "measure",
-    "properties_table", "shaped", "vectors",
-]  # fmt: skip
+    "PROPERTIES",
+    "SOURCES",
+    "Capture",
+    "Vectors",
+    "capture",
+    "check_source",
+    "load_capture",
+    "measure",
+    "properties_table",
+    "shaped",
+    "vectors",
+]
 
 # "real" stands for "real:<layer>".
 SOURCES = ("real", "shaped", *ADVERSARIAL)

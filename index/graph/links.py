@@ -33,9 +33,14 @@ N_SPARE = 1
 
 
 def link_cells(
-    tree: Cells, first_cell: int, metric: Metric, points_of: Callable[[Array], Array], first_key: int, links: Array,
+    tree: Cells,
+    first_cell: int,
+    metric: Metric,
+    points_of: Callable[[Array], Array],
+    first_key: int,
+    links: Array,
     steps: Steps,
-) -> None:  # fmt: skip
+) -> None:
     """Link the keys from id first_key on, which are those of the cells from first_cell on; in place.
 
     tree: of one head. points_of: points (n, E) of key ids (n,). links: (>= S, M) int32, rows from first_key on are -1.

@@ -25,9 +25,14 @@ QUANTISED = {"int8": 1.0, "int4": 0.5 + 4 / 64}
 
 # What a process runs to find out what its libraries take.
 _TINY = LlamaConfig(
-    vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=1024,
-)  # fmt: skip
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+)
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,14 @@ def measure_libraries(config: RetrievalConfig, dtype: torch.dtype) -> int:
     torch.set_rng_state(torch_state)
     model.set_attn_implementation(NAME)
     small = RetrievalConfig(
-        index=config.index, estimator=config.estimator, exact_below=0, n_sink=1, n_local=16, build_queries=16,
+        index=config.index,
+        estimator=config.estimator,
+        exact_below=0,
+        n_sink=1,
+        n_local=16,
+        build_queries=16,
         threads=config.threads,
-    )  # fmt: skip
+    )
     request = Request(model, RetrievalCache(model.config, small), Sampling(max_new_tokens=3), ())
     for _ in request.tokens(list(range(512))):
         pass

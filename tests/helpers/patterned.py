@@ -6,8 +6,11 @@ from hypothesis import strategies as st
 RATIOS = [1, 2, 4]
 
 SIZES = {
-    "T": st.integers(1, 300), "past": st.integers(0, 300), "R": st.sampled_from(RATIOS), "seed": st.integers(0, 999),
-}  # fmt: skip
+    "T": st.integers(1, 300),
+    "past": st.integers(0, 300),
+    "R": st.sampled_from(RATIOS),
+    "seed": st.integers(0, 999),
+}
 
 
 def made(T, S, R, seed, D=16):

@@ -139,10 +139,14 @@ def test_cuda_engine_is_the_fused_kernel_of_the_card(monkeypatch):
         picked[capability] = [
             getattr(prefill._pick_cuda_engine(device, dtype, D, Dv), "__name__", None)
             for dtype, D, Dv in (
-                (torch.bfloat16, 128, 128), (torch.float16, 128, 128), (torch.float32, 128, 128),
-                (torch.bfloat16, 192, 128), (torch.float16, 512, 512), (torch.float32, 20, 20),
+                (torch.bfloat16, 128, 128),
+                (torch.float16, 128, 128),
+                (torch.float32, 128, 128),
+                (torch.bfloat16, 192, 128),
+                (torch.float16, 512, 512),
+                (torch.float32, 20, 20),
             )
-        ]  # fmt: skip
+        ]
     flash, efficient = "_cuda_flash", "_cuda_efficient"
     assert picked[8, 0] == [flash, flash, efficient, efficient, efficient, None]
     assert picked[7, 5] == [None, efficient, efficient, None, efficient, None]

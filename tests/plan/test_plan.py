@@ -32,9 +32,15 @@ CONFIG = RetrievalConfig(index="scan")
 
 def llama3_8b():
     return LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=M, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=M,
+        dtype="bfloat16",
+    )
 
 
 def phases_of(config=CONFIG, n_tokens=M, model=None, base=None, target=None):

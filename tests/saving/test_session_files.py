@@ -440,11 +440,13 @@ def forge_header(path, rng):
     if name == "__metadata__" or rng.random() < 0.2:
         del header[name]
     else:
-        field, values = rng.choice([
-            ("dtype", ["F16", "I64", "U8", "F64", "BOOL"]),
-            ("shape", [[], [0], [2, 2], header[name]["shape"][::-1], [*header[name]["shape"], 1]]),
-            ("data_offsets", [[0, 0], [0, 8], [8, 0], [0, 1 << 62]]),
-        ])  # fmt: skip
+        field, values = rng.choice(
+            [
+                ("dtype", ["F16", "I64", "U8", "F64", "BOOL"]),
+                ("shape", [[], [0], [2, 2], header[name]["shape"][::-1], [*header[name]["shape"], 1]]),
+                ("data_offsets", [[0, 0], [0, 8], [8, 0], [0, 1 << 62]]),
+            ]
+        )
         header[name][field] = rng.choice(values)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[stop:])

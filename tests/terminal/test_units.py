@@ -9,9 +9,20 @@ from retrieval_attn.terminal.units import parse_bytes, parse_count, parse_length
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("0", 0), ("5000", 5000), ("8k", 8192), ("32K", 32768), ("1m", 1 << 20), ("24g", 24 << 30), ("1.5g", 3 << 29),
-     ("0.5k", 512), (" 7 ", 7), ("-3", -3), ("1.3k", 1331)],
-)  # fmt: skip
+    [
+        ("0", 0),
+        ("5000", 5000),
+        ("8k", 8192),
+        ("32K", 32768),
+        ("1m", 1 << 20),
+        ("24g", 24 << 30),
+        ("1.5g", 3 << 29),
+        ("0.5k", 512),
+        (" 7 ", 7),
+        ("-3", -3),
+        ("1.3k", 1331),
+    ],
+)
 def test_numbers(text, number):
     assert parse_count(text, "x") == number
 
@@ -26,9 +37,16 @@ def test_what_is_no_number(text):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("2e9", 2 * 10**9), ("2E+9", 2 * 10**9), (".5g", 1 << 29), ("4.g", 4 << 30), ("1.5e3k", 1500 << 10), ("0", 0),
-     ("9007199254740993", 2**53 + 1)],
-)  # fmt: skip
+    [
+        ("2e9", 2 * 10**9),
+        ("2E+9", 2 * 10**9),
+        (".5g", 1 << 29),
+        ("4.g", 4 << 30),
+        ("1.5e3k", 1500 << 10),
+        ("0", 0),
+        ("9007199254740993", 2**53 + 1),
+    ],
+)
 def test_bytes_are_also_written_as_floats(text, number):
     assert parse_bytes(text, "--x") == number
     assert words_of(RetrievalConfig)["max_host_bytes"].parse(text) == number

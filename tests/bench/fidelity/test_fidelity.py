@@ -256,8 +256,11 @@ def test_the_report_is_written_drawn_and_read_again(folder, tmp_path, capsys):
     run(words_of(folder, "--out", out, "--plot", picture, "--planted", 0))
     lines = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [[word.strip() for word in line] for line in lines[2:]] == [
-        ["600", f"scan{FEW}", "12"], ["600", STREAMING, "12"], ["300", f"scan{FEW}", "12"], ["300", STREAMING, "12"],
-    ]  # fmt: skip
+        ["600", f"scan{FEW}", "12"],
+        ["600", STREAMING, "12"],
+        ["300", f"scan{FEW}", "12"],
+        ["300", STREAMING, "12"],
+    ]
     report = read_report(out)
     assert (report.kind, len(report.good)) == ("fidelity", 48)
     assert {row["planted"] for row in report.good} == {None}

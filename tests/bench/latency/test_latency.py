@@ -31,9 +31,17 @@ def options(**changes):
     """A small sweep; changes are of `Asked` or of the config."""
     own = {name: changes.pop(name) for name in CONFIG_NAMES & set(changes)}
     asked = Asked(
-        context="1500", gen=2, repeat=2, warmup=0, index="exact", compare="full,folded", layers=1, shape="4,2,32",
-        dtype="float32", device="cpu",
-    )  # fmt: skip
+        context="1500",
+        gen=2,
+        repeat=2,
+        warmup=0,
+        index="exact",
+        compare="full,folded",
+        layers=1,
+        shape="4,2,32",
+        dtype="float32",
+        device="cpu",
+    )
     return make_options(replace(asked, **changes), RetrievalConfig(**{"top_k": 20, "exact_below": 0, **own}))
 
 

@@ -179,16 +179,26 @@ def test_a_second_run_repeats_scores_to_the_byte(folder, capsys):
     assert outs[2] == outs[3]
     assert "ms/token" not in outs[0]
     assert set(json.loads(outs[2])["results"][0]) == {
-        "context", "method", "tokens", "ppl", "agreement", "kl", "status", "reason",
-    }  # fmt: skip
+        "context",
+        "method",
+        "tokens",
+        "ppl",
+        "agreement",
+        "kl",
+        "status",
+        "reason",
+    }
 
 
 def test_the_report_is_written_drawn_and_read_again(folder, tmp_path, capsys):
     out, picture = tmp_path / "ppl.json", tmp_path / "ppl.png"
     run(words_of(folder, "--out", out, "--plot", picture, "-o", "csv"))
     assert [line.split(",")[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        ["400", "full"], ["400", f"scan{FEW}"], ["200", "full"], ["200", f"scan{FEW}"],
-    ]  # fmt: skip
+        ["400", "full"],
+        ["400", f"scan{FEW}"],
+        ["200", "full"],
+        ["200", f"scan{FEW}"],
+    ]
     report = read_report(out)
     assert (report.kind, len(report.good)) == ("ppl", 4)
     assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -38,9 +38,7 @@ def example(number):
 
 
 def planned(modes=MODES, n=2):
-    return [
-        Planned("made", 300, f"made-{i}", mode, partial(example, i)) for i in range(n) for mode in modes
-    ]  # fmt: skip
+    return [Planned("made", 300, f"made-{i}", mode, partial(example, i)) for i in range(n) for mode in modes]
 
 
 def runner(llm, labels=("full", "scan"), **options):
@@ -172,17 +170,35 @@ def test_rows_that_went_before_say_nothing_without_their_last():
 # Tables
 
 ENV = {
-    "cpu": "a", "cores": 1, "threads": 1, "omp_wait_policy": None, "isa": [], "packages": {}, "load_average": None,
-    "git": {"commit": None, "dirty": False}, "date": "today",
-}  # fmt: skip
+    "cpu": "a",
+    "cores": 1,
+    "threads": 1,
+    "omp_wait_policy": None,
+    "isa": [],
+    "packages": {},
+    "load_average": None,
+    "git": {"commit": None, "dirty": False},
+    "date": "today",
+}
 
 
 def rows_of(scores):
     one = Planned("kv", 8192, "a", "multi-turn", lambda: None)
     rows = []
     for method, turns in scores.items():
-        rows += [{**blank_row(one, method), "status": "ok", "turn": i + 1, "score": s, "refs": ["x"], "answer": "x",
-                  "tpot_ms": 2.0 + i, "rss_bytes": 1 << 20} for i, s in enumerate(turns)]  # fmt: skip
+        rows += [
+            {
+                **blank_row(one, method),
+                "status": "ok",
+                "turn": i + 1,
+                "score": s,
+                "refs": ["x"],
+                "answer": "x",
+                "tpot_ms": 2.0 + i,
+                "rss_bytes": 1 << 20,
+            }
+            for i, s in enumerate(turns)
+        ]
     return rows
 
 
@@ -326,8 +342,21 @@ def test_bad_input_is_one_line(words, says, capsys, tmp_path, monkeypatch):
 
 
 def test_a_model_without_template_is_asked_in_plain_text(no_template, capsys):
-    status, out, _ = call(capsys, "scbench", "-m", no_template, "-c", "600", "-t", "mf", "--limit", "1",
-                          "--method", "full,exact", "--scores-only")  # fmt: skip
+    status, out, _ = call(
+        capsys,
+        "scbench",
+        "-m",
+        no_template,
+        "-c",
+        "600",
+        "-t",
+        "mf",
+        "--limit",
+        "1",
+        "--method",
+        "full,exact",
+        "--scores-only",
+    )
     assert status == 0
     assert "| mf" in out or "| multi" in out
 
@@ -339,6 +368,20 @@ def test_groups_of_tasks_and_single_ones():
 
 
 def test_limit_is_examples_of_each_task_and_length(capsys):
-    _, out, _ = call(capsys, "ruler", "-c", "1k,2k", "--limit", "2", "-t", "niah_single_1,fwe", "--samples", "50",
-                     "--method", "full", "-o", "json")  # fmt: skip
+    _, out, _ = call(
+        capsys,
+        "ruler",
+        "-c",
+        "1k,2k",
+        "--limit",
+        "2",
+        "-t",
+        "niah_single_1,fwe",
+        "--samples",
+        "50",
+        "--method",
+        "full",
+        "-o",
+        "json",
+    )
     assert len(json.loads(out)["results"]) == 2 * 2 * 2

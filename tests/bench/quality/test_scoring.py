@@ -72,9 +72,18 @@ def test_number_reads_the_first_one(answer, ref, wanted):
 
 @pytest.mark.parametrize(
     ("answer", "wanted"),
-    [("42336.", 1), ("is 42336, 42336", 1), ("123 42336", 0), ("423360", 0), ("42,336", 0), ("4233", 0), ("none", 0),
-     ("\u0664\u0662\u0663\u0663\u0666", 0), ("\u0664 42336", 1)],
-)  # fmt: skip
+    [
+        ("42336.", 1),
+        ("is 42336, 42336", 1),
+        ("123 42336", 0),
+        ("423360", 0),
+        ("42,336", 0),
+        ("4233", 0),
+        ("none", 0),
+        ("\u0664\u0662\u0663\u0663\u0666", 0),
+        ("\u0664 42336", 1),
+    ],
+)
 def test_first_number_is_a_run_of_ascii_digits(answer, wanted):
     assert score("first_number", answer, ["42336"]) == wanted
 

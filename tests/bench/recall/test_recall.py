@@ -30,9 +30,7 @@ TIMES = {name for name in ROW_FIELDS if name.endswith(("_us", "_s"))}
 
 
 def options(**changes):
-    asked = Asked(
-        context="1500", seed="3", index="exact", compare="none", queries=4, shape="4,2,32", dtype="float32"
-    )  # fmt: skip
+    asked = Asked(context="1500", seed="3", index="exact", compare="none", queries=4, shape="4,2,32", dtype="float32")
     return make_options(replace(asked, **changes), RetrievalConfig(top_k=20))
 
 

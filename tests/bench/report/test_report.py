@@ -20,12 +20,18 @@ from retrieval_attn.bench.report.tables import LONGEST_TEXT, cell, tables
 from retrieval_attn.bench.shared import pictures
 from retrieval_attn.bench.shared.report import results_folder
 
-EVIL = "<script>alert(1)</script> & \"a\" $x_1$ | <!-- end -->"  # fmt: skip
+EVIL = '<script>alert(1)</script> & "a" $x_1$ | <!-- end -->'
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENV = {
-    "date": "2026-11-21T00:05:49+00:00", "git": {"commit": COMMIT, "dirty": True}, "cpu": "Some CPU", "cores": 2,
-    "threads": 2, "packages": {"torch": "2.13.0", "triton": None}, "gpu": None, "gpu_driver": None,
-}  # fmt: skip
+    "date": "2026-11-21T00:05:49+00:00",
+    "git": {"commit": COMMIT, "dirty": True},
+    "cpu": "Some CPU",
+    "cores": 2,
+    "threads": 2,
+    "packages": {"torch": "2.13.0", "triton": None},
+    "gpu": None,
+    "gpu_driver": None,
+}
 README = """# Title\r
 <!-- bench report: latency -->
 what stood here
@@ -39,17 +45,41 @@ the end"""
 def latency_rows():
     times = {"full": (22.918, 375.606), "folded": (2.928, 45.363), "exact": (2.389, 11.388), "graph": (3.386, 7.69)}
     return [
-        {"context": context, "method": method, "status": "ok", "reason": None, "total_ms": ms, "total_p20_ms": 0.9 * ms,
-         "total_p80_ms": 1.1 * ms, "rel_error": 0.0123, "visited_pct": 1.25, "index_bytes": 3 << 20}
-        for method, both in times.items() for context, ms in zip((8192, 131072), both, strict=True)
-    ] + [{"context": 131072, "method": "scan", "status": "oom", "reason": EVIL}]  # fmt: skip
+        {
+            "context": context,
+            "method": method,
+            "status": "ok",
+            "reason": None,
+            "total_ms": ms,
+            "total_p20_ms": 0.9 * ms,
+            "total_p80_ms": 1.1 * ms,
+            "rel_error": 0.0123,
+            "visited_pct": 1.25,
+            "index_bytes": 3 << 20,
+        }
+        for method, both in times.items()
+        for context, ms in zip((8192, 131072), both, strict=True)
+    ] + [{"context": 131072, "method": "scan", "status": "oom", "reason": EVIL}]
 
 
 def recall_rows():
     def row(method, effort, recall, us):
-        return {"source": "shaped", "context": 131072, "seed": 31, "method": method, "effort": effort, "status": "ok",
-                "reason": None, "recall": recall, "search_us": us, "visited_pct": 12.0, "bytes_read": 2.0**25,
-                "build_s": 57.3, "index_bytes": 0 if method == "exact" else 100, "index_pct": 24.69}  # fmt: skip
+        return {
+            "source": "shaped",
+            "context": 131072,
+            "seed": 31,
+            "method": method,
+            "effort": effort,
+            "status": "ok",
+            "reason": None,
+            "recall": recall,
+            "search_us": us,
+            "visited_pct": 12.0,
+            "bytes_read": 2.0**25,
+            "build_s": 57.3,
+            "index_bytes": 0 if method == "exact" else 100,
+            "index_pct": 24.69,
+        }
 
     slow = [row("hnsw", effort, recall, 9e4) for effort, recall in ((100, 0.4), (200, 0.62))]
     exact = row("exact", None, 1.0, 11477.0)
@@ -58,17 +88,45 @@ def recall_rows():
 
 def answer(task="needle", method="graph", **changes):
     return {
-        "task": task, "context": 32768, "example": "32768-0", "method": method, "mode": "multi-request", "turn": 1,
-        "depth": 0.25, "prompt_tokens": 32741, "answer": "7654321", "refs": ["7654321"], "score": 1.0, "status": "ok",
-        "reason": "", "ttft_ms": 19397.9, "read_ms": 16384.0, "build_ms": None, "tpot_ms": 6.54, "visited_pct": 3.21,
-        "kv_bytes": 50 << 20, "device_kv_bytes": None, "index_bytes": None, "rss_bytes": None,
-        "peak_device_bytes": None, **changes,
-    }  # fmt: skip
+        "task": task,
+        "context": 32768,
+        "example": "32768-0",
+        "method": method,
+        "mode": "multi-request",
+        "turn": 1,
+        "depth": 0.25,
+        "prompt_tokens": 32741,
+        "answer": "7654321",
+        "refs": ["7654321"],
+        "score": 1.0,
+        "status": "ok",
+        "reason": "",
+        "ttft_ms": 19397.9,
+        "read_ms": 16384.0,
+        "build_ms": None,
+        "tpot_ms": 6.54,
+        "visited_pct": 3.21,
+        "kv_bytes": 50 << 20,
+        "device_kv_bytes": None,
+        "index_bytes": None,
+        "rss_bytes": None,
+        "peak_device_bytes": None,
+        **changes,
+    }
 
 
 def failed(**changes):
-    return answer(**{"status": "failed", "reason": EVIL, "answer": None, "score": None, "ttft_ms": None,
-                     "tpot_ms": None, **changes})  # fmt: skip
+    return answer(
+        **{
+            "status": "failed",
+            "reason": EVIL,
+            "answer": None,
+            "score": None,
+            "ttft_ms": None,
+            "tpot_ms": None,
+            **changes,
+        }
+    )
 
 
 def needle_rows():
@@ -79,29 +137,64 @@ def needle_rows():
 def scbench_rows():
     return [
         answer(task, mode=mode, turn=turn, score=turn / 10)
-        for task in ("kv", "vt") for mode in ("multi-request", "multi-turn") for turn in (3, 1, 2)
-    ]  # fmt: skip
+        for task in ("kv", "vt")
+        for mode in ("multi-request", "multi-turn")
+        for turn in (3, 1, 2)
+    ]
 
 
 def memory_rows():
-    peaks = {name: {"host": (100 + i) << 20, "device": 0} for i, name in
-             enumerate(("load", "prefill", "build", "decode", "save", "restore"))}  # fmt: skip
-    good = {"context": "8k", "index": "scan", "status": "ok", "reason": "", "tokens": 8190, "planned": peaks,
-            "measured": peaks, "ttft_s": 4.56, "answers": 3, "answers_right": 3}  # fmt: skip
+    peaks = {
+        name: {"host": (100 + i) << 20, "device": 0}
+        for i, name in enumerate(("load", "prefill", "build", "decode", "save", "restore"))
+    }
+    good = {
+        "context": "8k",
+        "index": "scan",
+        "status": "ok",
+        "reason": "",
+        "tokens": 8190,
+        "planned": peaks,
+        "measured": peaks,
+        "ttft_s": 4.56,
+        "answers": 3,
+        "answers_right": 3,
+    }
     return [good, {"context": "1m", "index": "scan", "status": "failed", "reason": "no room"}]
 
 
 def head_rows():
     return [
-        {"context": 32768, "method": "scan", "layer": layer, "head": head, "error": 0.01 * (1 + layer + 2 * head),
-         "mass": 0.975, "recall": 0.9, "planted": None, "status": "ok", "reason": ""}
-        for layer in range(2) for head in range(3)
-    ]  # fmt: skip
+        {
+            "context": 32768,
+            "method": "scan",
+            "layer": layer,
+            "head": head,
+            "error": 0.01 * (1 + layer + 2 * head),
+            "mass": 0.975,
+            "recall": 0.9,
+            "planted": None,
+            "status": "ok",
+            "reason": "",
+        }
+        for layer in range(2)
+        for head in range(3)
+    ]
 
 
 def ppl_rows():
-    good = {"context": 8192, "method": "full", "tokens": 2048, "ppl": 8.8765, "agreement": 1.0, "kl": 0.0,
-            "tpot_ms": 45.5, "visited_pct": None, "status": "ok", "reason": ""}  # fmt: skip
+    good = {
+        "context": 8192,
+        "method": "full",
+        "tokens": 2048,
+        "ppl": 8.8765,
+        "agreement": 1.0,
+        "kl": 0.0,
+        "tpot_ms": 45.5,
+        "visited_pct": None,
+        "status": "ok",
+        "reason": "",
+    }
     return [
         good,
         {**good, "context": 16384, "ppl": 8.1234},
@@ -111,10 +204,18 @@ def ppl_rows():
 
 def kernel_rows():
     return [
-        {"part": "prefill", "context": n, "method": "auto", "status": "ok", "reason": None, "total_ms": n / 7,
-         "speedup_vs_sdpa": 1.86, "rel_error": 0.0123}
+        {
+            "part": "prefill",
+            "context": n,
+            "method": "auto",
+            "status": "ok",
+            "reason": None,
+            "total_ms": n / 7,
+            "speedup_vs_sdpa": 1.86,
+            "rel_error": 0.0123,
+        }
         for n in (16384, 32768)
-    ]  # fmt: skip
+    ]
 
 
 def make_rows():
@@ -122,18 +223,29 @@ def make_rows():
     compare = [answer("vt", "full", tpot_ms=45.5, score=0.8), answer("vt", score=0.7), answer("vt", score=0.7)]
     long = [{"new_tokens": 2002, "tokens_per_s": 116.55}, {"new_tokens": 4002, "tokens_per_s": 113.17}]
     return {
-        "latency": latency_rows(), "recall": recall_rows(), "compare": compare, "needle": needle_rows(),
-        "ruler": [answer("cwe", context=n, score=0.123) for n in (32768, 65536)], "scbench": scbench_rows(),
-        "ppl": ppl_rows(), "fidelity": head_rows(), "memory": memory_rows(), "long": long, "kernels": kernel_rows(),
-    }  # fmt: skip
+        "latency": latency_rows(),
+        "recall": recall_rows(),
+        "compare": compare,
+        "needle": needle_rows(),
+        "ruler": [answer("cwe", context=n, score=0.123) for n in (32768, 65536)],
+        "scbench": scbench_rows(),
+        "ppl": ppl_rows(),
+        "fidelity": head_rows(),
+        "memory": memory_rows(),
+        "long": long,
+        "kernels": kernel_rows(),
+    }
 
 
 NAMES = {"latency": LATENCY_FILE, "recall": RECALL_FILE}
 
 
 def write(path, rows, kind=None, **changes):
-    whole = {"schema_version": 1, "env": ENV, "config": {"index": "scan", "said": EVIL}, "results": rows,
-             "notes": [EVIL]} | ({"bench": kind} if kind else {}) | changes  # fmt: skip
+    whole = (
+        {"schema_version": 1, "env": ENV, "config": {"index": "scan", "said": EVIL}, "results": rows, "notes": [EVIL]}
+        | ({"bench": kind} if kind else {})
+        | changes
+    )
     path.write_text(json.dumps(whole))
     return path
 
@@ -232,11 +344,33 @@ def test_every_number_of_a_table_is_on_the_page(made):
     ]
     assert Seen(page.decode()).tables == expected
     for number in (
-        "375.606", "413.167", "1.2e-02",  # latency: a median, its p80, an error
-        "0.6200", "90,000", "11.477", "4.000", "never gets there",  # recall: at 0.95, halfway in the logarithm of time
-        "45.50", "80.0", "70.0", "100.0", "33.3", "12.3", "19,397.9", "50.0",  # scores and costs
-        "8.877", "8.123", "0.0350", "0.0600", "0.9750", "4.56", "105.0", "116.5", "4,681.143", "1.86",
-    ):  # fmt: skip
+        "375.606",
+        "413.167",
+        "1.2e-02",  # latency: a median, its p80, an error
+        "0.6200",
+        "90,000",
+        "11.477",
+        "4.000",
+        "never gets there",  # recall: at 0.95, halfway in the logarithm of time
+        "45.50",
+        "80.0",
+        "70.0",
+        "100.0",
+        "33.3",
+        "12.3",
+        "19,397.9",
+        "50.0",  # scores and costs
+        "8.877",
+        "8.123",
+        "0.0350",
+        "0.0600",
+        "0.9750",
+        "4.56",
+        "105.0",
+        "116.5",
+        "4,681.143",
+        "1.86",
+    ):
         assert f">{number}<" in text, number
 
 
@@ -350,8 +484,11 @@ def test_scores_count_what_is_missing():
 def test_of_many_turns_the_first_and_the_last_are_kept():
     lines = ends(score_lines(scbench_rows(), by_turn=True))
     assert [(line.task, line.mode, line.turn) for line in lines[:4]] == [
-        ("kv", "multi-request", 1), ("kv", "multi-request", 3), ("kv", "multi-turn", 1), ("kv", "multi-turn", 3)
-    ]  # fmt: skip
+        ("kv", "multi-request", 1),
+        ("kv", "multi-request", 3),
+        ("kv", "multi-turn", 1),
+        ("kv", "multi-turn", 3),
+    ]
     assert len(lines) == 8
     (line,) = ends(score_lines([answer(), answer()], by_turn=True))
     assert line.answers == "2"

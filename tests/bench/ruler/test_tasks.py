@@ -132,7 +132,11 @@ def test_needles_answer_what_is_asked(task, size):
 
 @pytest.mark.parametrize("task", NIAH)
 def test_keys_and_values_are_of_their_kind(task):
-    shapes = {"words": r"[a-z]+-[a-z]+", "numbers": r"\d{7}", "uuids": r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"}  # fmt: skip  # noqa: E501
+    shapes = {
+        "words": r"[a-z]+-[a-z]+",
+        "numbers": r"\d{7}",
+        "uuids": r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+    }
     for _, key, value in NEEDLE.findall(make(task).context):
         assert re.fullmatch(shapes[NIAH[task].keys], key)
         assert re.fullmatch(shapes[NIAH[task].values], value)

@@ -23,18 +23,21 @@ ROWS = {
     "qa_eng": ("A book.", [("Who?", "Cid")]),
     "qa_chn": ("书。", [("谁？", "他")]),  # noqa: RUF001
     "summary_with_needles": (
-        "Text.", [("Sum up.", "It is.", {"task": "scbench_summary"}), ("Key?", "123", {"task": "scbench_passkey"})],
+        "Text.",
+        [("Sum up.", "It is.", {"task": "scbench_summary"}), ("Key?", "123", {"task": "scbench_passkey"})],
     ),
     "repoqa_and_kv": (
-        "Code.", [("\nKey: k", "v", {"task": "scbench_kv"}), ("Find f.", "def f", {"task": "scbench_repoqa"})],
+        "Code.",
+        [("\nKey: k", "v", {"task": "scbench_kv"}), ("Find f.", "def f", {"task": "scbench_repoqa"})],
     ),
-}  # fmt: skip
+}
 
 # Context and first question, as in the harness's templates; and the second question, where it is asked.
 PROMPTS = {
     "kv": (
         "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
-        '{"k": "v"}\n\n\nKey: k', "\nKey: l",
+        '{"k": "v"}\n\n\nKey: k',
+        "\nKey: l",
     ),
     "prefix_suffix": ("dict = ['ab']\n\nPrefix: a; Suffix: b.",),
     "vt": ("VAR X = 1\n\nQuestion: Find all.", "Question: Find more."),
@@ -58,11 +61,20 @@ PROMPTS = {
     "qa_chn": ("阅读以下书籍然后回答问题。\n\n书。\n\n问题：谁？\n答案：",),  # noqa: RUF001
     "summary_with_needles": ("Text.\n\nKey?",),
     "repoqa_and_kv": ("Code.\n\n\nKey: k",),
-}  # fmt: skip
+}
 BUDGETS = {
-    "kv": 150, "prefix_suffix": 150, "vt": 30, "mf": 5, "many_shot": 10, "passkey": 15, "choice_eng": 40, "qa_eng": 40,
-    "qa_chn": 40, "summary_with_needles": 15, "repoqa_and_kv": 80,
-}  # fmt: skip
+    "kv": 150,
+    "prefix_suffix": 150,
+    "vt": 30,
+    "mf": 5,
+    "many_shot": 10,
+    "passkey": 15,
+    "choice_eng": 40,
+    "qa_eng": 40,
+    "qa_chn": 40,
+    "summary_with_needles": 15,
+    "repoqa_and_kv": 80,
+}
 
 
 def row(task):
@@ -93,11 +105,18 @@ def test_prompts_are_those_of_the_harness(written, task):
 
 
 RIGHT = {
-    "kv": ("it is v", "V"), "prefix_suffix": ("ab", "a b"), "vt": ("x and y", "none"), "mf": ("3.", "13"),
-    "many_shot": ("(b)", "B"), "passkey": ("12345.", "12346"), "choice_eng": ("The answer is C", "B"),
-    "qa_eng": ("It was CID", "Ann"), "qa_chn": ("「他」", "她"), "summary_with_needles": ("123", "1234"),
+    "kv": ("it is v", "V"),
+    "prefix_suffix": ("ab", "a b"),
+    "vt": ("x and y", "none"),
+    "mf": ("3.", "13"),
+    "many_shot": ("(b)", "B"),
+    "passkey": ("12345.", "12346"),
+    "choice_eng": ("The answer is C", "B"),
+    "qa_eng": ("It was CID", "Ann"),
+    "qa_chn": ("「他」", "她"),
+    "summary_with_needles": ("123", "1234"),
     "repoqa_and_kv": ("v", "w"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -187,7 +206,7 @@ WRONG = [
     ("choice_eng", turned("choice_eng", options=["x"]), "turn 2: options must be a list of 4 texts, got a list of 1"),
     ("choice_eng", turned("choice_eng", answer="Eve"), "turn 2: answer must be one of the options, got 'Eve'"),
     ("repoqa_and_kv", turned("repoqa_and_kv", task=None), "turn 2: task must be a text, got none"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("task", "wrong", "said"), WRONG)
@@ -226,8 +245,13 @@ def test_generated_examples_written_as_published_read_as_they_were(written, task
     begin = PROMPTS["kv"][0].partition("JSON data")[0] if task == "kv" else ""
     first = made.context.partition("\n\n")[0] + "\n\n" if task == "mf" else ""
     body = made.context.removeprefix(begin).removeprefix(first)
-    turns = [{"input": turn.ask.rpartition("\n\n")[2] if task == "mf" else turn.ask,
-              "answer": int(turn.refs[0]) if task == "mf" else turn.refs[0]} for turn in made.turns]  # fmt: skip
+    turns = [
+        {
+            "input": turn.ask.rpartition("\n\n")[2] if task == "mf" else turn.ask,
+            "answer": int(turn.refs[0]) if task == "mf" else turn.refs[0],
+        }
+        for turn in made.turns
+    ]
     context = json.loads(body) if task == "mf" else body
     (read,) = read_scbench(written([{"id": 0, "context": context, "multi_turns": turns}]), task)
     assert (read.context, read.joint) == (made.context, made.joint)

@@ -14,10 +14,28 @@ from retrieval_attn.bench.scbench.tasks import TASKS, scbench_maker
 
 UNBOUNDED = 1 << 20
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-WHOLE = {"kv": 200, "kv_short": 200, "prefix_suffix": 300, "vt": 200, "mf": 500, "many_shot": 20, "mix_kv": 4000, "mix_kv_short": 4000, "mix_passkey": 2000}  # fmt: skip  # noqa: E501
+WHOLE = {
+    "kv": 200,
+    "kv_short": 200,
+    "prefix_suffix": 300,
+    "vt": 200,
+    "mf": 500,
+    "many_shot": 20,
+    "mix_kv": 4000,
+    "mix_kv_short": 4000,
+    "mix_passkey": 2000,
+}
 PAIRS = ("kv", "kv_short")
 BUDGETS = {"kv": 150, "prefix_suffix": 150, "vt": 30, "mf": 5, "many_shot": 10, "mix_kv": 80, "mix_passkey": 15}
-SCORERS = {"kv": "contains", "prefix_suffix": "contains", "vt": "all", "mf": "number", "many_shot": "any", "mix_kv": "contains", "mix_passkey": "first_number"}  # fmt: skip  # noqa: E501
+SCORERS = {
+    "kv": "contains",
+    "prefix_suffix": "contains",
+    "vt": "all",
+    "mf": "number",
+    "many_shot": "any",
+    "mix_kv": "contains",
+    "mix_passkey": "first_number",
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +147,14 @@ def test_following_a_chain_finds_its_variables():
         assert turn.golden == str(list(turn.refs))
 
 
-RANKS = {"largest": -1, "second largest": -2, "third largest": -3, "smallest": 0, "second smallest": 1, "third smallest": 2}  # fmt: skip  # noqa: E501
+RANKS = {
+    "largest": -1,
+    "second largest": -2,
+    "third largest": -3,
+    "smallest": 0,
+    "second smallest": 1,
+    "third smallest": 2,
+}
 
 
 @pytest.mark.parametrize("sample", range(10))

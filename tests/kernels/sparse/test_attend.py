@@ -78,10 +78,16 @@ def test_lengths(dtype, T, S, diagonal):
 
 
 @given(
-    T=st.integers(1, 150), past=st.integers(0, 150), R=st.sampled_from([1, 2, 4]), rows=st.sampled_from([16, 64, 128]),
-    width=st.sampled_from([16, 64]), n_blocks=st.integers(0, 4), n_columns=st.integers(0, 40), seed=st.integers(0, 999),
+    T=st.integers(1, 150),
+    past=st.integers(0, 150),
+    R=st.sampled_from([1, 2, 4]),
+    rows=st.sampled_from([16, 64, 128]),
+    width=st.sampled_from([16, 64]),
+    n_blocks=st.integers(0, 4),
+    n_columns=st.integers(0, 40),
+    seed=st.integers(0, 999),
     diagonal=st.booleans(),
-)  # fmt: skip
+)
 @examples(60)
 def test_any_index_is_what_the_mask_says(T, past, R, rows, width, n_blocks, n_columns, seed, diagonal):
     inputs = peaky(B=2, G=1, R=R, T=T, S=T + past, D=16)

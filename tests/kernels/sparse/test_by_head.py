@@ -23,9 +23,11 @@ def assert_dense(state, query, keys, values, scale):
 
 
 @given(
-    T=st.integers(1, 200), past=st.integers(0, 200), R=st.sampled_from([1, 2, 4]),
+    T=st.integers(1, 200),
+    past=st.integers(0, 200),
+    R=st.sampled_from([1, 2, 4]),
     kinds=st.lists(st.sampled_from(sorted(EVERYTHING)), min_size=8, max_size=8),
-)  # fmt: skip
+)
 @examples(40)
 def test_patterns_that_read_everything_are_dense_whatever_each_head_has(T, past, R, kinds):
     inputs = peaky(G=2, R=R, T=T, S=T + past, B=2, D=16)

@@ -48,10 +48,14 @@ def flat(query, keys):
 @pytest.mark.parametrize(
     ("plant", "kind"),
     [
-        (local, "a_shape"), (columns, "vertical_slash"), (slashes, "vertical_slash"), (passages, "block_sparse"),
-        (flat, "dense"), (single_needles, "dense"),
+        (local, "a_shape"),
+        (columns, "vertical_slash"),
+        (slashes, "vertical_slash"),
+        (passages, "block_sparse"),
+        (flat, "dense"),
+        (single_needles, "dense"),
     ],
-)  # fmt: skip
+)
 def test_each_pattern_wins_where_it_fits(plant, kind):
     inputs = made(plant)
     (choice,), parts = choose(*inputs, 0.98, Layout(T, S), KINDS)

@@ -32,9 +32,13 @@ def scores_of(query, keys, scale, layout):
 
 
 @given(
-    n=st.integers(1, 200), past=st.integers(0, 400), R=st.sampled_from([1, 2, 4]), seed=st.integers(0, 999),
-    delta=st.sampled_from([0.5, 2.0, 6.0]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-)  # fmt: skip
+    n=st.integers(1, 200),
+    past=st.integers(0, 400),
+    R=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 999),
+    delta=st.sampled_from([0.5, 2.0, 6.0]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
 @examples(60)
 def test_what_is_listed_is_near_the_best_of_some_query(n, past, R, seed, delta, dtype):
     make = torch.Generator().manual_seed(seed)
