@@ -11,20 +11,15 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
 from torch import Tensor
 
 from retrieval_attn.arrays import Array, as_array, as_stored
-from retrieval_attn.compiled import as_float, intrinsic, jit
+from retrieval_attn.compiled import as_float, jit, prefetch
 from retrieval_attn.kernels.merge import AttentionState
 from retrieval_attn.threads.pool import require_safe_threads
 
 # Keys scored at a time, while the next as many are on their way from memory.
 AHEAD = 8
-
-# Bytes that one request to memory brings.
-LINE = 64
 
 # 2**32 over the golden ratio: spreads neighbouring ids over the table.
 HASH = 2654435769
@@ -146,23 +141,6 @@ def _raise_if_nan(lse: Array, query: Array) -> None:
     raise ValueError(f"the scores of head {head} hold NaN or infinity: look for them in its query, its keys and scale")
 
 
-@intrinsic
-def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of array[index]; the index is not checked."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
-        read, keep, is_data = number(0), number(3), number(1)
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
-        builder.call(ask, [address, read, keep, is_data])
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), codegen
-
-
 # A parallel function is compiled several times over, with all that it calls, so it does nothing but hand out tasks.
 @jit(parallel=True)
 def _attend(
@@ -256,10 +234,8 @@ def _score(query: Array, keys: Array, key_at: Array, values: Array, value_at: Ar
 
 @jit()
 def _ask(rows: Array, row_at: Array, dim: int) -> None:
-    step = LINE // rows.itemsize
     for i in range(row_at.size):
-        for d in range(0, dim, step):
-            _prefetch(rows, row_at[i] + d)
+        prefetch(rows, row_at[i], dim)
 
 
 # The loops below index with unsigned numbers: signed ones might count from the end, and testing for it stops

@@ -19,9 +19,13 @@ from numba.core import event
 from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import overload
 
+from retrieval_attn.arrays import Array
 from retrieval_attn.code_cache import CodeCache, place
 
 log = logging.getLogger("retrieval_attn")
+
+# Bytes that one request to memory brings.
+CACHE_LINE = 64
 
 # No "nnan"/"ninf": NaN and infinity keep their meaning; sums may be reordered, so that loops vectorise.
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -76,6 +80,30 @@ def jit(parallel: bool = False, **options: Any) -> Any:
         return dispatcher
 
     return decorate
+
+
+@intrinsic
+def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index] of a one-dimensional C-contiguous array; the index is not checked."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        read, keep_in_all_levels, is_data = number(0), number(3), number(1)
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
+        builder.call(ask, [address, read, keep_in_all_levels, is_data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+@jit()
+def prefetch(flat: Array, first: int, n: int = 1) -> None:
+    """Ask memory for what is read soon: flat[first : first + n], which may lie outside of the array. C-contiguous."""
+    for i in range(0, n, CACHE_LINE // flat.itemsize):
+        _prefetch(flat, first + i)
 
 
 class CompilationNotice(event.Listener):

@@ -6,10 +6,10 @@ import numba
 import numpy as np
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import as_float, jit
+from retrieval_attn.compiled import as_float, jit, prefetch
 from retrieval_attn.index.graph.cells import Cells
 from retrieval_attn.index.keys import FlatKeys, HeadKeys, of_head
-from retrieval_attn.index.loops.dots import prefetch, shift_right
+from retrieval_attn.index.loops.dots import shift_right
 from retrieval_attn.index.loops.largest import choose
 
 # A beam entry is one integer that sorts best score first, then smallest id: 32 bits of score, 31 of id, and the
@@ -95,7 +95,7 @@ def search_one(
             if n_beam < effort or entry < beam[n_beam - 1]:
                 n_beam, place = insert(beam, n_beam, entry)
                 at = min(at, place)
-                prefetch_row(links, todo[i])
+                prefetch(links.reshape(-1), todo[i] * links.shape[1], links.shape[1])
         while at < n_beam and beam[at] & FOLLOWED:
             at += 1
     n = min(n_beam, len(ids))
@@ -113,10 +113,10 @@ def read_keys(keys: HeadKeys, chosen: Array, query: Array, scores: Array) -> Non
     values, base, stride, bonus = keys
     dim = len(query) - (1 if len(bonus) else 0)
     for i in range(min(AHEAD, len(chosen))):
-        prefetch_key(values, base + chosen[i] * stride, dim)
+        prefetch(values, base + chosen[i] * stride, dim)
     for i in range(len(chosen)):
         if i + AHEAD < len(chosen):
-            prefetch_key(values, base + chosen[i + AHEAD] * stride, dim)
+            prefetch(values, base + chosen[i + AHEAD] * stride, dim)
         scores[i] = dot_key(values, base + chosen[i] * stride, query, dim)
         if len(bonus):
             scores[i] += bonus[chosen[i]]
@@ -204,19 +204,6 @@ def dot_row(row: Array, query: Array) -> np.float32:
     for d in range(len(query)):
         total += np.float32(row[d]) * query[d]
     return total
-
-
-@jit(inline="always")
-def prefetch_key(values: Array, row: int, dim: int) -> None:
-    for d in range(0, dim, 64 // values.itemsize):
-        prefetch(values, row + d)
-
-
-@jit(inline="always")
-def prefetch_row(links: Array, key: int) -> None:
-    flat = links.reshape(-1)
-    for j in range(0, links.shape[1], 16):
-        prefetch(flat, key * links.shape[1] + j)
 
 
 @jit(inline="always")

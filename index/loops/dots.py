@@ -113,23 +113,6 @@ def dots_4x4(flat: Array, row: int, stride: int, queries: Array, first: int, out
 
 
 @intrinsic
-def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask the processor to fetch the cache line of array[index] of a one-dimensional C-contiguous array."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        view = context.make_array(signature.args[0])(context, builder, args[0])
-        i32 = ir.IntType(32)
-        pointer = builder.bitcast(builder.gep(view.data, [args[1]]), ir.IntType(8).as_pointer())
-        signature_ = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, signature_, "llvm.prefetch.p0")
-        # Read, keep in all cache levels, data.
-        builder.call(function, [pointer, i32(0), i32(3), i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), codegen
-
-
-@intrinsic
 def shift_right(typingctx: Any, array: Any, first: Any, n: Any) -> Any:
     """array[first + 1 : first + 1 + n] = array[first : first + n], for a one-dimensional C-contiguous array."""
 

@@ -4,9 +4,9 @@ import numba
 import numpy as np
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import as_float, jit
+from retrieval_attn.compiled import as_float, jit, prefetch
 from retrieval_attn.index.keys import FlatKeys, HeadKeys, of_head
-from retrieval_attn.index.loops.dots import add_run, dot, dots_4x1, dots_4x4, prefetch
+from retrieval_attn.index.loops.dots import add_run, dot, dots_4x1, dots_4x4
 from retrieval_attn.index.loops.largest import choose
 from retrieval_attn.index.loops.topk import best_first, offer
 
@@ -117,19 +117,13 @@ def score_runs(keys: HeadKeys, n_keys: int, page_size: int, query: Array, runs: 
         # Pages are too short for the processor to guess where the next one is.
         if i + 1 < len(runs):
             for key in range(runs[i + 1], min(runs[i + 1] + page_size, n_keys)):
-                prefetch_key(values, base + key * stride, len(query))
+                prefetch(values, base + key * stride, len(query))
         at = i * page_size
         n = min(page_size, n_keys - runs[i])
         dots_run(values, base + runs[i] * stride, stride, n, query, out[at:])
         if len(bonus):
             add_run(out[at : at + n], bonus, runs[i])
     return out[:-3]
-
-
-@jit(inline="always")
-def prefetch_key(values: Array, row: int, dim: int) -> None:
-    for d in range(0, dim, 64 // values.itemsize):
-        prefetch(values, row + d)
 
 
 @jit()

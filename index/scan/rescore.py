@@ -4,9 +4,9 @@ import numba
 import numpy as np
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import jit
+from retrieval_attn.compiled import jit, prefetch
 from retrieval_attn.index.keys import FlatKeys, HeadKeys, of_head
-from retrieval_attn.index.loops.dots import dot, prefetch
+from retrieval_attn.index.loops.dots import dot
 from retrieval_attn.index.scan.dots import TILE
 from retrieval_attn.index.scan.entries import Found, as_entry, keep_best, key_of, write_best
 
@@ -52,12 +52,10 @@ def put_scores(keys: HeadKeys, query: Array, entries: Array) -> None:
     values, base, stride, bonus = keys
     score = np.empty(1, np.float32)
     bits = score.view(np.int32)
-    per_line = 64 // values.itemsize
     for i in range(-KEYS_AHEAD, len(entries)):
         if i + KEYS_AHEAD < len(entries):
             row = base + key_of(entries[i + KEYS_AHEAD]) * stride
-            for d in range(0, len(query), per_line):
-                prefetch(values, row + d)
+            prefetch(values, row, len(query))
         if i >= 0:
             key = key_of(entries[i])
             score[0] = dot(values, base + key * stride, query)

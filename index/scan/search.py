@@ -10,9 +10,9 @@ import numba
 import numpy as np
 
 from retrieval_attn.arrays import Array
-from retrieval_attn.compiled import jit
+from retrieval_attn.compiled import jit, prefetch
 from retrieval_attn.index.keys import Keys
-from retrieval_attn.index.loops.dots import dot, prefetch
+from retrieval_attn.index.loops.dots import dot
 from retrieval_attn.index.scan.codes import Codes
 from retrieval_attn.index.scan.dots import GROUP_BYTES, GROUP_DIMS, LANES, TILE, lowest_bit, score_block
 from retrieval_attn.index.scan.entries import Found, as_entry, keep_best, order_of, score_at
@@ -212,8 +212,7 @@ def scan_blocks(codes: HeadCodes, first: int, last: int, step: int, n_wanted: in
     for block in range(first, min(last, n_keys // LANES), step):
         ahead = block + (BLOCKS_AHEAD if step == 1 else SAMPLED_AHEAD * step)
         prefetch(factors, ahead * LANES)
-        for line in range(0, size, 64):
-            prefetch(blocks, ahead * size + line)
+        prefetch(blocks, ahead * size, size)
         key = block * LANES
         passed = score_block(
             blocks, block * size, n_groups, weights, factors, key, lifted, bonus, key, bonus_scales, floors, scores,
