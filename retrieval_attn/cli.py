@@ -169,13 +169,21 @@ def estimate(
         str | None,
         option("Bytes of the device, as 24g or 16000m.", "--device-memory", panel=MODEL, default="what is free"),
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        option("Bytes of CPU memory, as 64g.", "--host-memory", panel=MODEL, default="what is free"),
+    ] = None,
 ) -> None:
     """Print the memory that contexts will take, phase by phase, without loading the model's weights.
 
-    The device may be one that this machine lacks: --device cuda --device-memory 24g.
+    The machine may be another than this: --device cuda --device-memory 24g --host-memory 64g. The exit status is 1 if
+    a context does not fit.
     """
     contexts = parse_lengths(context, "--context")
-    memory = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
+    on_device, on_host = (
+        None if given is None else parse_bytes(given, name)
+        for given, name in ((device_memory, "--device-memory"), (host_memory, "--host-memory"))
+    )
     with waiting(Console(stderr=True), f"planning for {model.model or 'the embedded model'}"):
         quiet_transformers()
         from retrieval_attn.terminal.plan_report import as_lines, as_table, estimate_memory
@@ -187,13 +195,15 @@ def estimate(
             device=model.device,
             dtype=model.dtype,
             weights=model.weights,
-            device_memory=memory,
+            device_memory=on_device,
+            host_memory=on_host,
         )
     if as_json:
         print(json.dumps([one.as_dict() for one in found]))
-        return
-    Console().print(as_table(found))
-    print("\n".join(line for one in found for line in as_lines(one)))
+    else:
+        Console().print(as_table(found))
+        print("\n".join(line for one in found for line in as_lines(one)))
+    raise typer.Exit(not all(one.fits for one in found))
 
 
 @app.command("search-patterns")

@@ -43,23 +43,30 @@ def bytes_per_key(kind: str, dim: int) -> int:
 
 
 def choose_index(
-    config: RetrievalConfig, n_far: int, n_layers: int = 1, kv_heads: int = 1, dim: int = 128, steps: int = 0
+    config: RetrievalConfig,
+    n_far: int,
+    n_layers: int = 1,
+    kv_heads: int = 1,
+    dim: int = 128,
+    steps: int = 0,
+    free: int | None = None,
 ) -> IndexChoice:
     """The kind of index for a far context of `n_far` keys per head.
 
     n_layers, kv_heads, dim: how many such contexts there are, to judge memory by. steps: decode steps so far on this
-    document, which tell how much it is used.
+    document, which tell how much it is used. free: bytes of CPU memory; None: what is free on this machine.
     """
     if n_far < config.exact_below:
         return IndexChoice("exact", f"{n_far} far keys are fewer than exact_below={config.exact_below}")
     if config.index != "auto":
         return IndexChoice(config.index, "asked for")
-    free = MEMORY_SHARE * psutil.virtual_memory().available
+    available = psutil.virtual_memory().available if free is None else free
+    budget = MEMORY_SHARE * available
     rows = n_far * n_layers * kv_heads
-    if n_far >= GRAPH_FROM and steps >= GRAPH_AFTER_STEPS and rows * bytes_per_key("graph", dim) <= free:
+    if n_far >= GRAPH_FROM and steps >= GRAPH_AFTER_STEPS and rows * bytes_per_key("graph", dim) <= budget:
         return IndexChoice("graph", f"{n_far} far keys and {steps} steps: its build has paid by now")
-    if rows * bytes_per_key("scan", dim) <= free:
+    if rows * bytes_per_key("scan", dim) <= budget:
         return IndexChoice("scan", f"fastest at {n_far} far keys, nothing to train, and memory for its codes")
-    if rows * bytes_per_key("page", dim) <= free:
-        return IndexChoice("page", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")
-    return IndexChoice("exact", f"memory is short: {free / 2**30:.1f} GiB for indexes of {n_far} far keys")
+    if rows * bytes_per_key("page", dim) <= budget:
+        return IndexChoice("page", f"memory is short: {budget / 2**30:.1f} GiB for indexes of {n_far} far keys")
+    return IndexChoice("exact", f"memory is short: {budget / 2**30:.1f} GiB for indexes of {n_far} far keys")

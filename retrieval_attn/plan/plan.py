@@ -35,10 +35,14 @@ class Base:
 
 @dataclass(frozen=True)
 class Target:
-    """Where the model runs. memory: bytes of the device, None if unknown or not to be filled."""
+    """Where the model runs.
+
+    memory: bytes of the device, None if unknown or not to be filled. host_memory: of the CPU; None: what is free here.
+    """
 
     device: str = "cpu"
     memory: int | None = None
+    host_memory: int | None = None
 
     @property
     def on_cuda(self) -> bool:
@@ -106,7 +110,7 @@ class MemoryPlan:
 def plan_memory(model_config: Any, n_tokens: int, dtype: torch.dtype, config: RetrievalConfig) -> MemoryPlan:
     """What `n_tokens` of context take for one sequence of this model, beside what the process holds without it."""
     shape = ModelShape.of(model_config, dtype)
-    held = _Held.of(shape, n_tokens, config)
+    held = _Held.of(shape, n_tokens, config, Target())
     phases = plan_phases(model_config, n_tokens, dtype, config, Base(), Target())
     peak = max(phase.host for phase in phases if phase.name in OF_A_PROMPT)
     return MemoryPlan(n_tokens, held.kv, held.index, held.window, passing=max(0, peak - held.kv - held.index))
@@ -120,7 +124,7 @@ def plan_phases(
     base: what the process holds before any text comes. dtype: of the model's numbers, whatever its weights are.
     """
     shape = ModelShape.of(model_config, dtype)
-    held = _Held.of(shape, n_tokens, config)
+    held = _Held.of(shape, n_tokens, config, target)
     return tuple(
         Phase(name, host, _on_device(name, shape, held, config, base, target))
         for name, host in _on_host(shape, held, config, base, target).items()
@@ -144,9 +148,9 @@ class _Held:
     tail: int
 
     @classmethod
-    def of(cls, shape: ModelShape, n_tokens: int, config: RetrievalConfig) -> "_Held":
+    def of(cls, shape: ModelShape, n_tokens: int, config: RetrievalConfig, target: Target) -> "_Held":
         n_far = max(0, n_tokens - config.n_sink - config.n_local)
-        kind = choose_index(config, n_far, shape.n_layers, shape.G, shape.D).kind
+        kind = choose_index(config, n_far, shape.n_layers, shape.G, shape.D, free=target.host_memory).kind
         on_disk = config.kv_dir is not None
         return cls(
             n_tokens=n_tokens,

@@ -96,11 +96,13 @@ def estimate_memory(
     dtype: str = "auto",
     weights: str = "auto",
     device_memory: int | None = None,
+    host_memory: int | None = None,
 ) -> list[Estimate]:
     """What contexts of these lengths take, from the model's config alone: no weights are read.
 
     model, dtype, weights: as `load` takes them. device: "auto", "cpu" or "cuda", the latter also on a machine without.
     device_memory: bytes of the device, whole; None takes what the device here has free.
+    host_memory: bytes of CPU memory that the process may take; None takes what is free here.
 
     Raises FileNotFoundError or ValueError as `load` does, and ValueError for a config that does not tell its dtype.
     """
@@ -110,28 +112,28 @@ def estimate_memory(
     prefill_patterns(found, config)
     stored = _stored_dtype(found)
     numbers = _wanted_dtype(dtype, weights, stored)
-    target = _target(device, device_memory)
+    target = _target(device, device_memory, host_memory)
     base = Base(
         libraries=measure_libraries(config, numbers),
         weights=weight_bytes(found, numbers, weights),
         checkpoint=weight_bytes(found, stored or numbers, "auto"),
     )
     # This process holds the libraries already, and so will the one that is planned.
-    host_free = psutil.virtual_memory().available + base.libraries
+    here = psutil.virtual_memory().available + base.libraries
     return [
         Estimate(
             n_tokens=n,
             max_tokens=longest_context(found, config, numbers),
             phases=plan_phases(found, n, numbers, config, base, target),
-            host_free=host_free,
+            host_free=here if host_memory is None else host_memory,
             device_free=target.memory,
         )
         for n in contexts
     ]
 
 
-def _target(device: str, memory: int | None) -> Target:
-    """The device that is planned for; its memory as given, or else what is free on one that is here."""
+def _target(device: str, memory: int | None, host_memory: int | None) -> Target:
+    """The machine that is planned for; the device's memory as given, or else what is free on one that is here."""
     here = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
@@ -140,7 +142,7 @@ def _target(device: str, memory: int | None) -> Target:
         raise ValueError(f"device_memory is of a CUDA device, got {memory} with device {chosen!r}; use device='cuda'")
     if chosen == "cuda" and memory is None and here:
         memory = torch.cuda.mem_get_info()[0]
-    return Target(chosen, memory)
+    return Target(chosen, memory, host_memory)
 
 
 def _stored_dtype(model_config: Any) -> torch.dtype | None:

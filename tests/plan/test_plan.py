@@ -226,7 +226,7 @@ def call(*arguments):
 
 
 def test_estimate_prints_phases_peaks_and_a_verdict():
-    done = call("-c", "8k,1m", "--index", "scan")
+    done = call("-c", "8k,1m", "--index", "scan", "--host-memory", "64g")
     assert done.exit_code == 0
     for word in ("load", "prefill", "build", "decode", "save", "restore", "8,192 tokens: fits", "1,048,576 tokens: "):
         assert word in done.output
@@ -246,6 +246,22 @@ def test_a_device_that_is_not_here_can_be_planned_for(folder):
     (small,) = estimate_memory(folder, [4096], CONFIG, device="cuda", device_memory=1 << 20)
     assert not small.fits
     assert "use --weights int8 or int4" in small.verdict
+
+
+def test_another_machine_can_be_planned_for_and_the_exit_status_says_if_it_fits(folder):
+    large, small = (call("-m", folder, "-c", "4k,1m", "--index", "auto", "--host-memory", n) for n in ("64g", "1g"))
+    assert large.exit_code == 0
+    assert small.exit_code == 1
+    assert "of 1.00 GiB free" in small.output
+    assert "1,048,576 tokens: does not fit" in small.output
+
+
+def test_auto_chooses_for_the_memory_that_is_planned_for():
+    def index(host_memory):
+        (one,) = estimate_memory(None, [1 << 20], RetrievalConfig(index="auto"), device="cpu", host_memory=host_memory)
+        return one.phases[-1].host_terms["index"]
+
+    assert index(64 << 30) > index(300 << 20) > 0
 
 
 def test_no_weights_are_read(folder, tmp_path):
