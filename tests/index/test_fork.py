@@ -15,7 +15,7 @@ from retrieval_attn.index.graph import append as graph_append
 
 every_kind = pytest.mark.parametrize("kind", INDEX_KINDS)
 
-FIRST, SHARED = 3000, 3250
+FIRST, SHARED = 2000, 2250
 
 # Of each size some are appended: enough for graph to link, scan to choose anew, and ivf to extend and to cluster anew.
 SIZES = (1, 15, 60, 130, 300, 800, 16)
@@ -23,13 +23,13 @@ SIZES = (1, 15, 60, 130, 300, 800, 16)
 
 @pytest.fixture(scope="module")
 def scene():
-    return attention_like(n_keys=6000)
+    return attention_like(n_keys=4500)
 
 
 @pytest.fixture(scope="module")
 def other():
     """Another text, for the other side."""
-    return attention_like(n_keys=6000, seed=1)
+    return attention_like(n_keys=4500, seed=1)
 
 
 @pytest.fixture(autouse=True)
@@ -269,11 +269,11 @@ def test_forks_made_while_another_thread_appends_are_of_one_moment(kind, scene, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a[:, :-1], r"keys must be \(2, 3250, 64\) float32 \(the indexed keys.*got \(2, 3249, 64\)"),
-        (lambda a: a[:1], r"got \(1, 3250, 64\)"),
-        (lambda a: a[..., :32].copy(), r"got \(2, 3250, 32\)"),
+        (lambda a: a[:, :-1], r"keys must be \(2, 2250, 64\) float32 \(the indexed keys.*got \(2, 2249, 64\)"),
+        (lambda a: a[:1], r"got \(1, 2250, 64\)"),
+        (lambda a: a[..., :32].copy(), r"got \(2, 2250, 32\)"),
         (as_bfloat16, "got .* uint16"),
-        (lambda a: a[:, ::-1].copy(), "must begin with the 3250 keys already indexed"),
+        (lambda a: a[:, ::-1].copy(), "must begin with the 2250 keys already indexed"),
     ],
 )
 def test_other_keys_are_refused(kind, change, message, scene):
