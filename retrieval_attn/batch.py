@@ -21,7 +21,7 @@ from retrieval_attn.generate import (
     summarise,
 )
 from retrieval_attn.hf.cache import RetrievalCache
-from retrieval_attn.hf.versions import cache_argument
+from retrieval_attn.hf.passes import Passes
 from retrieval_attn.plan.plan import MemoryPlan
 
 # Any id of the vocabulary would do: it is masked wherever it stands.
@@ -60,6 +60,7 @@ class BatchRequest:
         self.cache = cache
         self.stop_ids = frozenset(stop_ids)
         self._on_progress = on_progress or (lambda progress: None)
+        self._passes = Passes(model, cache)
         self._mask = torch.empty(0)  # (B, tokens so far, padding included) bool, True = token
         self._longest = 0
         self._shared = GenerationStats()
@@ -99,11 +100,11 @@ class BatchRequest:
         with self.cache.working(), self.cache.exact():
             for stop in chunk_ends(ids.shape[1], self.cache.config):
                 mask = self._mask[:, :stop]
-                inputs = self._inputs(ids[:, done:stop], mask, positions[:, done:stop])
+                rows = {"attention_mask": mask, "position_ids": positions[:, done:stop]}
                 if stop == ids.shape[1]:
-                    logits = self._logits(inputs)
+                    logits = self._passes.logits(ids[:, done:stop], ids.shape[1], **rows)
                 else:
-                    self.model.base_model(**inputs)
+                    self._passes.read(ids[:, done:stop], ids.shape[1], **rows)
                 done = stop
                 self._on_progress(Progress("prefill", int(mask.sum()), n_tokens))
         self._shared.prefill_s = time.perf_counter() - started
@@ -123,7 +124,8 @@ class BatchRequest:
         positions = torch.tensor([[len(row.ids) + len(row.answer) - 1] for row in rows], device=device)
         self._mask = torch.cat([self._mask, going], dim=1)
         with self.cache.working():
-            self._draw(rows, self._logits(self._inputs(ids, self._mask, positions)), started)
+            fed = {"attention_mask": self._mask, "position_ids": positions}
+            self._draw(rows, self._passes.logits(ids, self._mask.shape[1], **fed), started)
         self._shared.itl_s.append(time.perf_counter() - step_started)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, started: float) -> None:
@@ -131,13 +133,6 @@ class BatchRequest:
             if not row.stop_reason:
                 row.draw(logits[i : i + 1], self.stop_ids, self._longest)
         self._drawn_at.append(time.perf_counter() - started)
-
-    def _inputs(self, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Any]:
-        fed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        return {**fed, **cache_argument(self.cache), "use_cache": True}
-
-    def _logits(self, inputs: dict[str, Any]) -> Tensor:
-        return self.model(**inputs, logits_to_keep=1).logits[:, -1]
 
     def _stats(self, i: int, row: Row) -> GenerationStats:
         """Tokens, bytes and index are the row's own; seconds, and what steps found, are those of the batch."""

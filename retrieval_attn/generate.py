@@ -17,7 +17,7 @@ from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.prefill_policy import EXACT_TAIL, PrefillCounts
 from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.hf.cache import RetrievalCache
-from retrieval_attn.hf.versions import cache_argument
+from retrieval_attn.hf.passes import Passes
 from retrieval_attn.plan.terms import ModelShape, stored_kv
 
 REPORT_EVERY_S = 0.2
@@ -151,15 +151,13 @@ class Request:
         iterator leaves the cache whole: all layers hold the same tokens, a prefix of what was asked and yielded.
         """
         started = time.perf_counter()
-        stats, cache = self.stats, self.cache
-        stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
-        cache.reset_clocks()
+        stats, cache = self._begun(ids)
         sample = Sampler(self.sampling, self.model.device)
         n_room = longest_context(self.model.config, cache.config, self.model.dtype) - len(ids)
         try:
-            token = sample(self._prefill(ids[stats.reused_tokens :]))
+            token = sample(self._prefill(ids))
             stats.ttft_s = time.perf_counter() - started
-            builds = cache.start_builds()
+            builds, text = cache.start_builds(), list(ids)
             while True:
                 stats.new_tokens += 1
                 stats.e2e_s = time.perf_counter() - started
@@ -168,7 +166,8 @@ class Request:
                 if stats.stop_reason:
                     return
                 builds = self._await_builds(builds)
-                token = self._step(token, sample)
+                text.append(token)
+                token = self._step(text, sample)
         finally:
             cache.settle()
             summarise(stats, cache, cache.memories, self.model.device)
@@ -176,32 +175,41 @@ class Request:
     @torch.no_grad()
     def read(self, ids: list[int]) -> None:
         """Prefill without answering, and begin the index builds; `ids` as in `tokens`."""
-        stats, cache = self.stats, self.cache
-        stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
-        cache.reset_clocks()
+        stats, cache = self._begun(ids)
         try:
-            self._prefill(ids[stats.reused_tokens :], want_logits=False)
+            self._prefill(ids, want_logits=False)
             cache.start_builds()
         finally:
             cache.settle()
             summarise(stats, cache, cache.memories, self.model.device)
 
+    def _begun(self, ids: list[int]) -> tuple[GenerationStats, RetrievalCache]:
+        """Count what is there already; see `RetrievalCache.forget_unless_turned_for` for why that may be nothing."""
+        stats, cache = self.stats, self.cache
+        # Not before: a session may have given the request a new cache.
+        self._passes = Passes(self.model, cache)
+        cache.forget_unless_turned_for(len(ids))
+        stats.prompt_tokens, stats.reused_tokens = len(ids), cache.get_seq_length()
+        cache.reset_clocks()
+        return stats, cache
+
     def _prefill(self, ids: list[int], want_logits: bool = True) -> Tensor:
-        """Run the missing tokens, chunk by chunk; returns the logits (1, V) of the last one, if wanted."""
+        """Run what the cache lacks of the text, chunk by chunk; returns the logits (1, V) of the last, if wanted."""
         started, logits = time.perf_counter(), torch.empty(0)
-        n, done = len(ids), 0
-        follows = self.stats.reused_tokens > 0 and self.cache.config.followup == "retrieve"
+        held = self.cache.get_seq_length()
+        n, done = len(ids) - held, 0
+        follows = held > 0 and self.cache.config.followup == "retrieve"
         self._on_progress(Progress("prefill", 0, n))
         with self.cache.working(), self.cache.retrieving() if follows else self.cache.exact():
             for stop in chunk_ends(n, self.cache.config):
-                part = torch.tensor([ids[done:stop]], device=self.model.device)
+                part = torch.tensor([ids[held + done : held + stop]], device=self.model.device)
                 if want_logits and stop == n:
-                    logits = self._forward(part)
+                    logits = self._passes.logits(part, len(ids))
                 else:
-                    self.model.base_model(input_ids=part, **cache_argument(self.cache), use_cache=True)
+                    self._passes.read(part, len(ids))
                 done = stop
                 self._on_progress(Progress("prefill", done, n))
-        self.stats.prefill_s = time.perf_counter() - started
+        self.stats.prefill_s += time.perf_counter() - started
         return logits
 
     def _await_builds(self, builds: list[Any]) -> list[Any]:
@@ -213,16 +221,17 @@ class Request:
             self.stats.build_s = sum(memory.far_index.build_seconds for memory in self.cache.memories)
         return []
 
-    def _step(self, token: int, sample: Sampler) -> int:
+    def _step(self, text: list[int], sample: Sampler) -> int:
+        """The token after a text of which the cache lacks the last, or all."""
         started = time.perf_counter()
-        with self.cache.working():
-            token = sample(self._forward(torch.tensor([[token]], device=self.model.device)))
+        if self.cache.forget_unless_turned_for(len(text)):
+            token = sample(self._prefill(text))
+        else:
+            with self.cache.working():
+                last = torch.tensor([text[-1:]], device=self.model.device)
+                token = sample(self._passes.logits(last, len(text)))
         self.stats.itl_s.append(time.perf_counter() - started)
         return token
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, **cache_argument(self.cache), use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
 
 
 def stop_reason(token: int, n_new: int, sampling: Sampling, stop_ids: Container[int], n_room: int) -> str:

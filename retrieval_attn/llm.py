@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -15,6 +16,7 @@ from retrieval_attn.config import DTYPES, WEIGHTS, RetrievalConfig, Sampling
 from retrieval_attn.generate import Completion, OnProgress, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
+from retrieval_attn.hf.rope import same_turning
 from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.plan.plan import MemoryPlan, plan_memory
@@ -122,11 +124,12 @@ class LLM:
         """Answer one prompt, or a list of prompts together, in order: a list of texts, of chats, or of lists of ids.
 
         Options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, seed=0. In a list each prompt is answered as
-        it would be alone, with the same seed; `seed` may also be a list of one for each. Two things differ: chunks of
-        a prompt end elsewhere, on which int8 scales and sparse prefill depend; and models that scale positions by the
-        length of the text (rope type "dynamic" or "longrope") scale all of them by the longest. Shorter prompts are
-        padded to the longest, so that those of like length go well together. Token counts, bytes, index and
-        `stop_reason` in the stats are the prompt's own; seconds, and what steps found, are those of all together.
+        it would be alone, with the same seed; `seed` may also be a list of one for each. One thing differs: chunks of
+        a prompt end elsewhere, on which int8 scales and sparse prefill depend. Shorter prompts are padded to the
+        longest, so that those of like length go well together; prompts that a model with the rope type "dynamic" or
+        "longrope" turns differently, because of their lengths, are answered one after the other. Token counts, bytes,
+        index and `stop_reason` in the stats are the prompt's own; seconds, and what steps found, are those of all
+        together.
 
         Raises ValueError for an empty or too long prompt (a list's are named by number, from 0) and bad options,
         MemoryError (before any work) if the machine lacks the memory.
@@ -142,6 +145,9 @@ class LLM:
         longest = longest_context(self.model.config, self.config, self.model.dtype, len(prompts))
         ids = [self._encode_named(prompt, f"prompt {i}", longest) for i, prompt in enumerate(prompts)]
         n_new = [sampling.max_new_tokens for sampling in samplings]
+        if not same_turning(self.model.config, [(len(row), len(row) + n) for row, n in zip(ids, n_new, strict=True)]):
+            alone = zip(ids, samplings, strict=True)
+            return [self.session().answer(row, on_progress=on_progress, **asdict(own)) for row, own in alone]
         total_plan([self.plan(len(row) + n) for row, n in zip(ids, n_new, strict=True)]).check()
         request = BatchRequest(self.model, self.new_cache(), self.stop_ids(), on_progress)
         rows = request.answer(ids, samplings)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from retrieval_attn.hf.layer import layer_of
+from retrieval_attn.hf.rope import rope_border
 from retrieval_attn.hf.versions import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE_ARGUMENT,
@@ -58,11 +59,7 @@ def attend(
         )
     if layer is None:
         if not _is_sliding(module, kwargs):
-            raise ValueError(
-                f"attention 'retrieval' in layer {getattr(module, 'layer_idx', '?')} needs the cache "
-                "retrieval_attn.RetrievalCache(model.config, config), got another cache or none; pass it as "
-                f"{CACHE_ARGUMENT}=, or load the model with attn_implementation='sdpa'"
-            )
+            raise ValueError(_needs_our_cache(module))
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if kwargs.get("softcap") is not None:
@@ -70,6 +67,21 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     state = layer.attend(query.detach(), key.detach(), value.detach(), attention_mask, scale)
     return state.out.transpose(1, 2).contiguous(), None
+
+
+def _needs_our_cache(module: torch.nn.Module) -> str:
+    config = getattr(module, "config", None)
+    border = rope_border(config) if config is not None else None
+    dropped = (
+        f" ('generate' of this model drops a cache where a text passes {border} tokens, retrieval_attn.load does not)"
+        if border
+        else ""
+    )
+    return (
+        f"attention 'retrieval' in layer {getattr(module, 'layer_idx', '?')} needs the cache "
+        f"retrieval_attn.RetrievalCache(model.config, config), got another cache or none{dropped}; pass it as "
+        f"{CACHE_ARGUMENT}=, or load the model with attn_implementation='sdpa'"
+    )
 
 
 def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from retrieval_attn.attention.pattern_files import load_patterns
 from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
+from retrieval_attn.hf.rope import rope_border
 from retrieval_attn.hf.served import model_type, refuse_unserved
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.threads import budget, jobs
@@ -72,6 +73,9 @@ class RetrievalCache(DynamicCache):
             )
         require_safe_threads()
         self.spoiled = False
+        # Of the text that the tokens are a part of, if who feeds them says so.
+        self.text_length = 0
+        self._border = rope_border(model_config)
         self._own_threads()
 
     def _own_threads(self) -> None:
@@ -180,14 +184,50 @@ class RetrievalCache(DynamicCache):
         """See transformers; raises ValueError if an interrupted pass has left the layers uneven for good."""
         if self.spoiled:
             raise ValueError("an interrupted forward pass left this cache uneven; start a new cache and prefill")
+        held = self.layers[layer_idx].get_seq_length() if self._border else 0
+        if self._crosses(held, held, max(held + key_states.shape[-2], self.text_length)):
+            raise ValueError(
+                f"keys are turned otherwise in a text of more than {self._border} tokens, which begins with this pass, "
+                f"and {held} tokens are in the cache; give a new cache the whole text in one pass, or use "
+                "retrieval_attn.load"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.text_length = 0
+
+    def _crosses(self, n_tokens: int, held: int, wanted: int) -> bool:
+        """Whether of the tokens held, `n_tokens` would be turned otherwise as part of a text of `wanted`."""
+        if self._border is None or n_tokens == 0:
+            return False
+        return (max(held, self.text_length) > self._border) != (wanted > self._border)
+
+    def forget_unless_turned_for(self, n_tokens: int) -> bool:
+        """Forget everything if a text of `n_tokens` turns otherwise what is here; returns whether it was so.
+
+        Only models with the rope type "longrope" ever do: where a text outgrows the length that they were first made
+        for, all of its keys change.
+        """
+        held = self.get_seq_length()
+        if crosses := self._crosses(held, held, n_tokens):
+            self.cancel_builds()
+            self.reset()
+        return crosses
 
     def _lengths(self) -> list[int]:
         """Tokens of every layer that counts them; recurrent layers do not."""
         return [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
 
     def _crop_to(self, keep: int) -> None:
-        nothing_goes = keep >= max(self._lengths())
+        held = max(self._lengths())
+        nothing_goes = keep >= held
+        if self._crosses(keep, held, keep):
+            raise ValueError(
+                f"keys are turned otherwise in a text of at most {self._border} tokens than in the longer one that "
+                f"they are from, so the cache cannot go back to {keep}; start a new cache and prefill"
+            )
         for i, layer in enumerate(self.layers):
             if not _can_crop(layer, keep, nothing_goes):
                 raise ValueError(
