@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from retrieval_attn.bench.fidelity.format import plot_heads, render
+from retrieval_attn.bench.quality.measure import Output, exit_status
 from retrieval_attn.bench.quality.options import ONE_TEXT, Asked, ExactConfig, KeptReport, make_settings
-from retrieval_attn.bench.quality.runner import Output, exit_status
 from retrieval_attn.bench.shared.options import WholeModel, at_least
 from retrieval_attn.terminal.options import Fields, option, with_options
 

@@ -17,8 +17,8 @@ from retrieval_attn.bench.methods.names import OURS
 from retrieval_attn.bench.methods.talk import Read
 from retrieval_attn.bench.ppl.measure import run, scanned_note
 from retrieval_attn.bench.ppl.reading import require_room, text_ids
+from retrieval_attn.bench.quality.measure import Output, load_llm, parse_methods, read_haystack
 from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.quality.runner import Output, load_llm, parse_methods, read_haystack
 from retrieval_attn.bench.shared.report import Report, Row
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.hf.attention import NAME, register

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from retrieval_attn.bench.quality.measure import Output, exit_status
 from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, make_settings
-from retrieval_attn.bench.quality.runner import Output, exit_status
 from retrieval_attn.bench.shared.options import WholeModel, at_least
 from retrieval_attn.terminal.options import Fields, option, with_options
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from retrieval_attn.bench.quality.measure import Output, read_haystack, run
 from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.quality.runner import Output, read_haystack, run
 from retrieval_attn.bench.shared.report import Report
 
 if TYPE_CHECKING:
     from retrieval_attn.bench.quality.examples import Prompts
-    from retrieval_attn.bench.quality.run import Planned
+    from retrieval_attn.bench.quality.runner import Planned
     from retrieval_attn.llm import LLM
 
 
@@ -47,7 +47,7 @@ def _plan(settings: Settings, text: str | None, llm: "LLM", prompts: "Prompts") 
     from retrieval_attn.bench.needle.tasks import needle_id, needle_maker
     from retrieval_attn.bench.quality.examples import fit
     from retrieval_attn.bench.quality.plan import require_room
-    from retrieval_attn.bench.quality.run import MULTI_REQUEST, Planned
+    from retrieval_attn.bench.quality.runner import MULTI_REQUEST, Planned
 
     require_room(settings, llm.max_tokens)
     places, plain = depths_of(settings.options["depths"]), settings.options["plain"]

@@ -8,9 +8,9 @@ from typing import Any
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.named import Method, parse_method
 from retrieval_attn.bench.ppl.reading import Foretelling, Task, left_to_do, read_and_measure, require_room, text_ids
+from retrieval_attn.bench.quality.measure import Output, as_report, load_llm, parse_methods, read_haystack
 from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.quality.run import collect
-from retrieval_attn.bench.quality.runner import Output, as_report, load_llm, parse_methods, read_haystack
+from retrieval_attn.bench.quality.runner import collect
 from retrieval_attn.bench.shared import machine
 from retrieval_attn.bench.shared.bars import bar, say
 from retrieval_attn.bench.shared.report import Report
@@ -46,7 +46,7 @@ Begin = Callable[[Bench, Sequence[Method]], tuple[list[int], Task]]
 
 
 def run(settings: Settings, output: Output, begin: Begin, load: Callable[[Settings], Any] = load_llm) -> Report:
-    """Load the model, run a task over one text, report; returns what `quality.runner.run` does.
+    """Load the model, run a task over one text, report; returns what `quality.measure.run` does.
 
     begin: the text's token ids, and the task. Raises ValueError for an unknown method before the model is loaded.
     """

@@ -5,7 +5,7 @@ from functools import partial
 
 from retrieval_attn.bench.quality.examples import Example, Prompts, fit
 from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.quality.run import Planned
+from retrieval_attn.bench.quality.runner import Planned
 from retrieval_attn.llm import LLM
 
 # (task, tokens, sample) -> what `fit` asks for examples of growing size.

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from retrieval_attn.bench.quality.measure import Output, exit_status
 from retrieval_attn.bench.quality.options import Asked, Config, KeptReport, make_settings, parse_tasks
-from retrieval_attn.bench.quality.runner import Output, exit_status
 from retrieval_attn.bench.ruler.options import groups, names
 from retrieval_attn.bench.shared.options import WholeModel
 from retrieval_attn.terminal.options import Fields, option, with_options

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from retrieval_attn.bench.quality.measure import Output, read_haystack, run
 from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.quality.runner import Output, read_haystack, run
 from retrieval_attn.bench.shared.report import Report
 
 
@@ -19,7 +19,7 @@ def measure(settings: Settings, output: Output) -> Report:
 
     def plan(llm: Any) -> Any:
         from retrieval_attn.bench.quality.plan import plan_tasks
-        from retrieval_attn.bench.quality.run import MULTI_REQUEST
+        from retrieval_attn.bench.quality.runner import MULTI_REQUEST
 
         return plan_tasks(settings, settings.options["tasks"], maker_of, [MULTI_REQUEST], llm)
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval_attn.bench.quality.measure import Output, read_haystack, run
 from retrieval_attn.bench.quality.options import Settings
-from retrieval_attn.bench.quality.runner import Output, read_haystack, run
 from retrieval_attn.bench.shared.report import Report
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from retrieval_attn.bench.quality.measure import parse_methods
 from retrieval_attn.bench.quality.options import Asked, make_settings
-from retrieval_attn.bench.quality.runner import parse_methods
 from retrieval_attn.bench.shared.options import ReportTo, WholeModel, config_as_dict
 from retrieval_attn.config import RetrievalConfig
 

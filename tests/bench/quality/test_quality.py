@@ -10,12 +10,12 @@ from tiny_models import save_tiny_chat_model
 import retrieval_attn as ra
 from retrieval_attn.bench.methods.bench import Bench
 from retrieval_attn.bench.methods.named import parse_method
-from retrieval_attn.bench.quality import run as quality_run
+from retrieval_attn.bench.quality import runner as quality_runner
 from retrieval_attn.bench.quality.examples import Example, Turn
 from retrieval_attn.bench.quality.format import cost_lines, render, score_table
 from retrieval_attn.bench.quality.options import parse_tasks
 from retrieval_attn.bench.quality.rows import ROW_FIELDS, SCORE_FIELDS
-from retrieval_attn.bench.quality.run import MODES, Kept, Planned, Runner, blank_row, collect, failed, whole
+from retrieval_attn.bench.quality.runner import MODES, Kept, Planned, Runner, blank_row, collect, failed, whole
 from retrieval_attn.cli import main
 
 CONFIG = ra.RetrievalConfig(top_k=8, n_sink=4, n_local=16, followup="retrieve", exact_below=0)
@@ -101,7 +101,7 @@ def test_what_cannot_be_made_is_a_row_of_every_method(llm):
 
 
 def test_bugs_are_not_rows(llm, monkeypatch):
-    monkeypatch.setattr(quality_run, "score", lambda *args: 1 / 0)
+    monkeypatch.setattr(quality_runner, "score", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(runner(llm).rows(planned(n=1)))
 
