@@ -1,23 +1,21 @@
 """`load` a model, then `generate`, `stream`, or hold a `session`."""
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from retrieval_attn.batch import BatchRequest, is_batch, sampling_per_row, total_plan
-from retrieval_attn.config import DTYPES, WEIGHTS, RetrievalConfig, Sampling
+from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.generate import Completion, OnProgress, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
+from retrieval_attn.hf.checkpoint import find_checkpoint, load_tokenizer, read_config
 from retrieval_attn.hf.rope import same_turning
-from retrieval_attn.hf.served import refuse_unserved
+from retrieval_attn.hf.weights import held_as, load_weights, weight_options
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.plan.plan import MemoryPlan, plan_memory
 from retrieval_attn.saving.session_files import restore_session
@@ -34,6 +32,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 class LLM:
     """A causal language model whose full-attention layers retrieve. Made by `load`.
 
+    weights: how those of a GGUF file are held, "GGUF, packed" or "GGUF, unpacked"; empty for any other model.
     One request at a time per session; sessions in several threads are independent.
     """
 
@@ -43,10 +42,12 @@ class LLM:
         tokenizer: Any,
         config: RetrievalConfig,
         patterns: Sequence[Sequence[HeadPattern]] | None = None,
+        weights: str = "",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        self.weights = weights
         # Kept: the file may change or go while conversations are held.
         self._patterns = patterns
 
@@ -191,64 +192,40 @@ def load(
 ) -> LLM:
     """Load a causal language model for retrieval.
 
-    model: None for the small model that ships with the package; else a local folder or a hub id.
+    model: None for the small model that ships with the package; else a local folder, a GGUF file or a folder that
+    holds one, or a hub id. A GGUF file's own tokenizer and chat template are used, and nothing that lies beside it.
     device: "auto" takes CUDA if there is one, else the CPU. dtype: "auto" is the checkpoint's own; or "float32",
     "bfloat16", "float16". weights: "auto" as stored, "bf16", or "int8" / "int4" through bitsandbytes if installed.
+    Of a GGUF file, "auto" keeps weights packed where transformers has a kernel for them on a GPU, and unpacks them
+    otherwise ("bf16" always does; `LLM.weights` tells); its dtype "auto" is "float32" on a CPU, else "bfloat16".
     `config.threads` also sets PyTorch's thread count, which belongs to the process. Unless OMP_WAIT_POLICY,
     GOMP_SPINCOUNT or KMP_BLOCKTIME is set, OMP_WAIT_POLICY becomes PASSIVE in this process: threads sleep between
     loops. Those of torch, faiss and numba do only if they started later than `retrieval_attn.load` was imported; else
     a warning says so. `from retrieval_attn import load` and `import *` set it too, and child processes inherit it.
 
     Raises FileNotFoundError for a missing path, ValueError for a model that is not a causal LM or whose attention
-    cannot be served (named), or for a file of prefill patterns that is not for it, ImportError with the install command
-    for a missing extra. Model code from a hub is never executed.
+    cannot be served (named), whose weights are not all there (the first is named), or for a file of prefill patterns
+    that is not for it, ImportError with the install command for a missing extra. Model code from a hub is never
+    executed.
     """
     let_threads_sleep()
     config = config or RetrievalConfig()
-    source = str(EMBEDDED if model is None else model)
-    if Path(source).expanduser().is_dir():
-        source = str(Path(source).expanduser())
-    # What a file of patterns has wrong is found out before the weights are read.
-    patterns = prefill_patterns(require_causal_lm(source), config)
-    register()
+    checkpoint = find_checkpoint(EMBEDDED if model is None else model)
     chosen = _choose_device(device)
+    options = weight_options(checkpoint, weights, dtype, chosen)
+    found = read_config(checkpoint)
+    # What a file of patterns has wrong is found out before the weights are read.
+    patterns = prefill_patterns(found, config)
+    register()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    options = _weight_options(weights, dtype, chosen)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, attn_implementation=NAME, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the model at {source!r} cannot be loaded: {_first_line(error)}") from error
-    if "quantization_config" not in options:
-        loaded = loaded.to(chosen)
-    return LLM(loaded.eval(), tokenizer, config, patterns)
-
-
-def require_causal_lm(source: str) -> Any:
-    looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
-    if not Path(source).expanduser().is_dir() and looks_local:
-        raise FileNotFoundError(
-            f"no model at {source!r}; give a folder with config.json and weights, a hub id like 'org/name', or nothing "
-            "for the embedded model"
-        )
-    try:
-        found = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the model at {source!r} cannot be loaded: {_first_line(error)}") from error
-    refuse_unserved(found)
-    if type(found) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"{source!r} is not a causal language model (its type is {found.model_type!r})")
-    return found
+    loaded = load_weights(checkpoint, found, options, chosen, NAME)
+    return LLM(loaded, load_tokenizer(checkpoint), config, patterns, held_as(checkpoint, loaded))
 
 
 def _kind(prompt: Any) -> str:
     name = type(prompt).__name__
     return f"{name} of {type(prompt[0]).__name__}" if is_batch(prompt) else name
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _choose_device(device: str | torch.device) -> torch.device:
@@ -258,27 +235,3 @@ def _choose_device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but PyTorch sees no CUDA device; use device='cpu' or 'auto'")
     return chosen
-
-
-def _weight_options(weights: str, dtype: str | torch.dtype, device: torch.device) -> dict[str, Any]:
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
-    if weights == "auto":
-        return {"dtype": name}
-    if weights == "bf16":
-        if name not in ("auto", "bfloat16"):
-            raise ValueError(f"weights='bf16' and dtype={name!r} contradict each other; give one of them")
-        return {"dtype": torch.bfloat16}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"weights={weights!r} needs bitsandbytes; pip install 'retrieval-attn[quant]'")
-    from transformers import BitsAndBytesConfig
-
-    quantised = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if weights == "int8"
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    )
-    return {"dtype": name, "quantization_config": quantised, "device_map": {"": device}}

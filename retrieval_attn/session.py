@@ -29,6 +29,7 @@ class ConversationModel(Protocol):
     model: Any
     tokenizer: Any
     config: RetrievalConfig
+    weights: str
 
     @property
     def max_tokens(self) -> int: ...

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from retrieval_attn.bench.fidelity.format import FIELDS, MEASURES
@@ -22,7 +21,8 @@ from retrieval_attn.bench.quality.options import Settings
 from retrieval_attn.bench.shared.report import Report, Row
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.hf.attention import NAME, register
-from retrieval_attn.llm import EMBEDDED, LLM, require_causal_lm
+from retrieval_attn.hf.checkpoint import find_checkpoint, load_tokenizer, read_config
+from retrieval_attn.llm import EMBEDDED, LLM
 
 
 def measure(settings: Settings, output: Output) -> Report:
@@ -64,14 +64,14 @@ def _load_random(settings: Settings) -> LLM:
     """The model of a config.json, its weights drawn from the seed; with its tokenizer, if there is one."""
 
     logging.set_verbosity_error()
-    source = str(Path(settings.model or EMBEDDED).expanduser())
-    config = require_causal_lm(source)
+    checkpoint = find_checkpoint(settings.model or EMBEDDED)
+    config = read_config(checkpoint)
     register()
     torch.manual_seed(settings.seed)
     given = {} if settings.dtype == "auto" else {"dtype": getattr(torch, settings.dtype)}
     model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, **given).eval().to(settings.device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(checkpoint)
     except (OSError, ValueError):
         tokenizer = None
     # Where there are no files of one, transformers may make one without any words.

@@ -94,7 +94,8 @@ class HarnessModel:
         max_batch_size: int | None = None,
         **config: Any,
     ) -> None:
-        """pretrained: a folder or hub id; None or "" for the embedded model. device, dtype, weights: as of `load`.
+        """pretrained, device, dtype, weights: as of `load`; None or "" for the embedded model.
+
         max_gen_toks: longest answer where a task does not say. config: fields of `RetrievalConfig`.
 
         batch_size and max_batch_size come from lm_eval's command line; requests run one at a time whatever they say.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import retrieval_attn
 from retrieval_attn.bench.latency.format import blank_row
@@ -21,7 +21,9 @@ from retrieval_attn.bench.shared.machine import PeakMemory, require_memory, sync
 from retrieval_attn.bench.shared.report import Row
 from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.generate import Request
+from retrieval_attn.hf.checkpoint import find_checkpoint, read_config
 from retrieval_attn.hf.versions import cache_argument
+from retrieval_attn.hf.weights import load_weights, weight_options
 from retrieval_attn.llm import EMBEDDED, LLM
 
 CHECKED_STEPS = 4
@@ -136,10 +138,9 @@ def _load(options: Options) -> tuple[dict[str, Any], LLM]:
             methods[name] = Retrieving(name, options, llm)
             continue
         if stock is None:
-            stock = AutoModelForCausalLM.from_pretrained(
-                options.model or str(EMBEDDED), attn_implementation="sdpa", dtype=getattr(torch, options.dtype)
-            )
-            stock = stock.to(options.device).eval()
+            checkpoint, device = find_checkpoint(options.model or EMBEDDED), torch.device(options.device)
+            read_as = weight_options(checkpoint, "auto", options.dtype, device)
+            stock = load_weights(checkpoint, read_config(checkpoint), read_as, device, "sdpa")
         methods[name] = Rival({"full": "sdpa", "folded": rivals.FOLDED}[name], options, stock)
     return methods, llm
 

@@ -50,7 +50,7 @@ class Asked:
     layers: Annotated[int | None, option("Attention layers.", "--layers", default="those of --shape")] = None
     shape: Annotated[str, option(f"{', '.join(SHAPES)}, embedded (whole model), or H,G,D.", "--shape")] = "llama3-8b"
     model: Annotated[
-        str | None, option("Measure this whole model: a folder or hub id.", "--model", "-m", panel=MODEL)
+        str | None, option("Measure this whole model: a folder, GGUF file or hub id.", "--model", "-m", panel=MODEL)
     ] = None
     dtype: LayerDtype = "bfloat16"
     device: Device = "auto"

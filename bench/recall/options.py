@@ -50,7 +50,8 @@ class Asked:
     dtype: LayerDtype = "bfloat16"
     seed: Annotated[str, option("Seeds of vectors, texts and indexes, such as 0,1,2.", "--seed")] = "0"
     model: Annotated[
-        str | None, option("Model of real vectors: a folder or hub id.", "--model", "-m", default="the embedded model")
+        str | None,
+        option("Model of real vectors: a folder, GGUF file or hub id.", "--model", "-m", default="the embedded model"),
     ] = None
     text: Annotated[
         Path | None, option("Text that the model reads, beside the facts.", "--text", default="generated prose")

@@ -31,7 +31,7 @@ class WholeModel:
     """Which model is loaded, where to, and with which numbers; see `load`. ValueError for what is none."""
 
     model: Annotated[
-        str | None, option("A folder or hub id.", "--model", "-m", panel=MODEL, default="the embedded model")
+        str | None, option("A folder, GGUF file or hub id.", "--model", "-m", panel=MODEL, default="the embedded model")
     ] = None
     device: Device = "auto"
     dtype: Annotated[str, option(f"{', '.join(DTYPES)}.", "--dtype", panel=MODEL)] = "auto"

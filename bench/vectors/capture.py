@@ -45,7 +45,7 @@ def capture(
 ) -> Capture:
     """Let a model read a document of S far tokens (and those that stay near), and answer questions about it.
 
-    model: a local folder or hub id; None for the embedded one. text: what the document is made of, facts apart; None
+    model: as `load` takes it; None for the embedded one. text: what the document is made of, facts apart; None
     takes generated prose. n_prefill: queries spread over the document, kept as the runtime keeps them, so up to twice
     as many, and the last 256. n_heldout: queries of answers; fewer if the document has not so many facts in it.
     The document is read in one pass, because stock sdpa then needs no mask: activations of all tokens are in memory.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers.cache_utils
+from packaging.version import Version
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -12,9 +13,11 @@ __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CACHE_ARGUMENT",
     "KEEPS_RECURRENT_STATE",
+    "READS_GGUF",
     "AttentionMaskInterface",
     "cache_argument",
     "causal_mask_function",
+    "misshapen_weights",
     "query_length",
     "sdpa_mask",
 ]
@@ -26,6 +29,9 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).par
 # Whether caches have layers for what is no attention. Before, such models brought caches of their own.
 KEEPS_RECURRENT_STATE = hasattr(transformers.cache_utils, "LinearAttentionLayer")
 
+# Whether the tokens of a GGUF file are its own: 4.57 puts a second BOS before a chat, and cuts Gemma's words to pieces.
+READS_GGUF = Version(transformers.__version__) >= Version("5.18")
+
 
 def cache_argument(cache: Any) -> dict[str, Any]:
     """The keyword argument that hands a cache to a model: `model(ids, **cache_argument(cache))`."""
@@ -35,3 +41,8 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def query_length(argument: Any) -> int:
     """The number of new tokens, from what `get_mask_sizes` was given: an int, before 5.4 a `cache_position`."""
     return int(argument.shape[0]) if isinstance(argument, torch.Tensor) else int(argument)
+
+
+def misshapen_weights(report: dict[str, Any]) -> list[str]:
+    """Names of the weights that have other shapes than the model's, from what `from_pretrained` tells of its work."""
+    return sorted(one if isinstance(one, str) else one[0] for one in report["mismatched_keys"])

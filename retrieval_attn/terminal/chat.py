@@ -343,9 +343,9 @@ def status(session: "Session") -> dict[str, str]:
     llm, memories = session.llm, session.cache.memories
     built = [memory.far_index.if_built for memory in memories]
     config = {name: value for name, value in asdict(llm.config).items() if value is not None}
+    kind = filter(None, (llm.model.config.model_type, llm.weights, str(llm.model.dtype), str(llm.model.device)))
     return {
-        "model": f"{llm.model.config.name_or_path} ({llm.model.config.model_type}, {llm.model.dtype}, "
-        f"{llm.model.device})".replace("torch.", ""),
+        "model": f"{llm.model.config.name_or_path} ({', '.join(kind)})".replace("torch.", ""),
         "tokens": f"{count(len(session.token_ids))} of {count(llm.max_tokens)}, in {len(session.messages)} messages",
         "memory": f"{size(sum(memory.store.nbytes for memory in memories))} of keys and values on the host, "
         f"{size(sum(memory.window.nbytes for memory in memories))} near",

@@ -1,5 +1,6 @@
 """What a command does before its work: read texts and a prompt, load a model, open a session, show that it waits."""
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,9 @@ def load_model(notes: Console, asked: ModelOptions, config: RetrievalConfig) -> 
     """The model that was asked for, with a spinner on `notes` until it is there."""
     if asked.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {asked.dtype!r}")
+    if Path(asked.model or "").expanduser().exists():
+        # Nothing is downloaded, and a bar of transformers' reader of GGUF files obeys nothing else.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     with waiting(notes, f"loading {asked.model or 'the embedded model'}"):
         quiet_transformers()
         from retrieval_attn.llm import load

@@ -48,7 +48,7 @@ class ModelOptions:
     """Which model is loaded, where to, and with which numbers; see `load`."""
 
     model: Annotated[
-        str | None, option("A folder or hub id.", "--model", "-m", panel=MODEL, default="the embedded model")
+        str | None, option("A folder, GGUF file or hub id.", "--model", "-m", panel=MODEL, default="the embedded model")
     ] = None
     device: Annotated[str, option("auto, cpu, cuda, cuda:1 ...", "--device", panel=MODEL)] = "auto"
     dtype: Annotated[str, option(f"{', '.join(DTYPES)}.", "--dtype", panel=MODEL)] = "auto"

@@ -11,12 +11,14 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from retrieval_attn.config import DTYPES, WEIGHTS, RetrievalConfig, Sampling
+from retrieval_attn.config import DTYPES, RetrievalConfig, Sampling
 from retrieval_attn.generate import Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
+from retrieval_attn.hf.checkpoint import find_checkpoint, read_config
+from retrieval_attn.hf.weights import check_weights, gguf_dtype
 from retrieval_attn.kv.address_space import OUT_OF_MEMORY
-from retrieval_attn.llm import EMBEDDED, require_causal_lm
+from retrieval_attn.llm import EMBEDDED
 from retrieval_attn.plan.plan import GIB, Base, Phase, Target, plan_phases
 
 # Bytes per weight of a linear layer as bitsandbytes keeps it: int8 (one float32 per row comes on top), or 4 bits and
@@ -106,13 +108,13 @@ def estimate_memory(
 
     Raises FileNotFoundError or ValueError as `load` does, and ValueError for a config that does not tell its dtype.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    found = require_causal_lm(str(EMBEDDED if model is None else Path(model).expanduser()))
+    checkpoint = find_checkpoint(EMBEDDED if model is None else model)
+    check_weights(checkpoint, weights)
+    found = read_config(checkpoint)
     prefill_patterns(found, config)
-    stored = _stored_dtype(found)
-    numbers = _wanted_dtype(dtype, weights, stored)
     target = _target(device, device_memory, host_memory)
+    stored = _stored_dtype(found) if checkpoint.header is None else gguf_dtype(target.device)
+    numbers = _wanted_dtype(dtype, weights, stored)
     base = Base(
         libraries=measure_libraries(config, numbers),
         weights=weight_bytes(found, numbers, weights),

@@ -1,0 +1,126 @@
+"""What a GGUF file says of itself, from its header alone: its fields, and which tensors it must hold.
+
+transformers reads the weights, and headers too; but what it says of a cut file is what numpy says, and it takes seconds
+over a vocabulary that is only passed by here.
+"""
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+# The file format is described in llama.cpp's repository, docs/gguf.md.
+MAGIC = b"GGUF"
+
+_VERSIONS = (2, 3)
+
+# How struct names the kinds of numbers that a field may hold.
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+_TEXT, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """fields: numbers and texts by name; of a list, its length. tensors: names. n_bytes: of the whole file."""
+
+    fields: Mapping[str, Any]
+    tensors: frozenset[str]
+    n_bytes: int
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name for the kind of model; empty if the file does not say."""
+        return str(self.fields.get("general.architecture", ""))
+
+    def of_model(self, name: str) -> Any:
+        """A field of the architecture's own, as "rope.freq_base"; None if it is not there."""
+        return self.fields.get(f"{self.architecture}.{name}")
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read a file's header. Raises ValueError, in one line, for another kind of file, or one that is cut."""
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise ValueError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                header = _parse(_Cursor(data, at=4), path)
+            except (struct.error, KeyError, IndexError, OverflowError):
+                raise ValueError(f"{path} is cut or damaged: its header does not end; download it again") from None
+            if header.n_bytes > len(data):
+                raise ValueError(
+                    f"{path} is cut: it must have {header.n_bytes} bytes, but has {len(data)}; download it again"
+                )
+            return header
+
+
+class _Cursor:
+    """Reads one thing after the other; struct.error at the end of the data."""
+
+    def __init__(self, data: mmap.mmap, at: int) -> None:
+        self.data, self.at = data, at
+
+    def number(self, kind: str) -> Any:
+        (value,) = struct.unpack_from(f"<{kind}", self.data, self.at)
+        self.at += struct.calcsize(f"<{kind}")
+        return value
+
+    def text(self) -> str:
+        end = self.at + 8 + self.number("Q")
+        if end > len(self.data):
+            raise struct.error
+        found = self.data[self.at : end]
+        self.at = end
+        return found.decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _TEXT:
+            return self.text()
+        return self._pass_list() if kind == _ARRAY else self.number(_NUMBERS[kind])
+
+    def _pass_list(self) -> int:
+        """The length of a list. Vocabularies are long, so their words are passed by unread."""
+        kind, n = self.number("I"), self.number("Q")
+        if kind in _NUMBERS:
+            self.at += n * struct.calcsize(_NUMBERS[kind])
+        for _ in range(0 if kind in _NUMBERS else n):
+            if kind == _TEXT:
+                self.at += struct.unpack_from("<Q", self.data, self.at)[0] + 8
+            else:
+                self.value(kind)
+        return n
+
+
+def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
+    version, n_tensors, n_fields = (cursor.number(kind) for kind in "IQQ")
+    if version not in _VERSIONS:
+        raise ValueError(f"{path} has version {version} of GGUF; versions {' and '.join(map(str, _VERSIONS))} are read")
+    fields = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_fields)}
+    ends = dict(_tensor(cursor, path) for _ in range(n_tensors))
+    alignment = int(fields.get("general.alignment", 32))
+    start = -(-cursor.at // alignment) * alignment
+    return GgufHeader(fields, frozenset(ends), start + max(ends.values(), default=0))
+
+
+def _tensor(cursor: _Cursor, path: Path) -> tuple[str, int]:
+    """A tensor's name, and where it ends, counted from where the first begins."""
+    name = cursor.text()
+    n = prod(cursor.number("Q") for _ in range(cursor.number("I")))
+    kind, offset = cursor.number("I"), cursor.number("Q")
+    if kind not in _block_sizes():
+        raise ValueError(f"{path} holds numbers of kind {kind} in {name}, which the package gguf does not know")
+    block, n_bytes = _block_sizes()[kind]
+    return name, offset + n // block * n_bytes
+
+
+@cache
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """How many numbers of a kind lie together, and in how many bytes."""
+    from gguf import GGML_QUANT_SIZES
+
+    return {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}

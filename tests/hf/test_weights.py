@@ -1,0 +1,52 @@
+"""A checkpoint without all of its weights is refused: transformers would draw the missing ones at random."""
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_chat_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import retrieval_attn as ra
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny_chat_model(tmp_path / "llama")
+
+
+def change(folder, change_tensors):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change_tensors(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_missing_weights_are_refused_by_name(folder):
+    """A checkpoint that lacked 10 of 40 layers printed blanks, with exit status 0."""
+    change(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.1." in name])
+    with pytest.raises(ValueError, match=r"lacks 9 of its weights, the first is model.layers.1.input_layernorm.weight"):
+        ra.load(folder)
+
+
+def test_weights_of_another_shape_are_refused_by_name(folder):
+    def cut(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:50].clone()
+
+    change(folder, cut)
+    message = "do not fit its config: 1 have other shapes than it says, the first is model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=message):
+        ra.load(folder)
+
+
+def test_a_tied_weight_is_not_missing(folder):
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert ra.load(folder).generate("a", max_new_tokens=1).token_ids
+
+
+def test_other_weights_than_the_models_do_no_harm(folder):
+    """As the layers that some checkpoints hold for drafting tokens."""
+    change(folder, lambda tensors: tensors.update(draft=next(iter(tensors.values())).clone()))
+    assert ra.load(folder).generate("a", max_new_tokens=1).token_ids
