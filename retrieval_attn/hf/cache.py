@@ -18,7 +18,7 @@ from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
 from retrieval_attn.hf.rope import rope_border
-from retrieval_attn.hf.served import model_type, refuse_unserved
+from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.threads import budget, jobs
 from retrieval_attn.threads.jobs import Job, Worker
@@ -67,10 +67,6 @@ class RetrievalCache(DynamicCache):
             for layer, mine, own in zip(self.layers, ours, given, strict=True)
         ]
         self.config = config
-        if not self.retrieval_layers:
-            raise ValueError(
-                f"{model_type(model_config)!r} has no full-attention layer, so there is nothing to retrieve"
-            )
         require_safe_threads()
         self.spoiled = False
         # Of the text that the tokens are a part of, if who feeds them says so.

@@ -1,47 +1,126 @@
-"""Refuses models whose attention cannot be served, with the reason."""
+"""Refuses models whose attention cannot be served, with the reason, from their configuration: no weights are read."""
 
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from retrieval_attn.hf.versions import KEEPS_RECURRENT_STATE
 
 
 def refuse_unserved(model_config: Any) -> None:
     """Raise ValueError, with the model's name and the reason, if its attention cannot be served."""
-    name = model_type(model_config)
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise ValueError(f"{name!r} is an encoder-decoder; only decoder-only causal language models are served")
     text = model_config.get_text_config(decoder=True)
-    if getattr(text, "model_type", "") in _ENCODERS and not getattr(text, "is_decoder", False):
-        raise ValueError(f"{name!r} attends in both directions; only causal language models are served")
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise ValueError(f"{name!r} uses multi-head latent attention (MLA), whose cache holds no keys to retrieve")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"{name!r} softcaps its attention logits, which are then not inner products to search by")
-    if getattr(text, "model_type", "") == "gpt_oss":
-        raise ValueError(f"{name!r} has learned attention sinks, which are not supported")
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise ValueError(f"{name!r} shares keys and values between layers, which is not supported")
-    if not KEEPS_RECURRENT_STATE and not _RECURRENT.isdisjoint(getattr(text, "layer_types", None) or ()):
-        raise ValueError(
-            f"{name!r} has layers with a recurrent state, which the caches of this transformers version do not keep; "
-            "upgrade transformers"
-        )
-    if getattr(text, "num_attention_heads", None) is None or getattr(text, "model_type", "") in _NO_ATTENTION:
-        raise ValueError(f"{name!r} has no attention layers, so there is nothing to retrieve")
-
-
-# Listed by transformers among the causal models, but they attend both ways unless made decoders. Known by name, because
-# before 5.0 every config says is_decoder=False.
-_ENCODERS = {"bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"}
-
-_ENCODERS |= {"roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"}
-
-# Kinds of layers that keep no keys.
-_RECURRENT = {"conv", "linear_attention"}
-
-_NO_ATTENTION = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
+    for check in _CHECKS:
+        for reason in check(model_config, text):
+            raise ValueError(f"{model_type(model_config)!r} {reason}")
 
 
 def model_type(model_config: Any) -> str:
     """The name by which transformers knows the kind of model, for messages."""
     return str(getattr(model_config, "model_type", type(model_config).__name__))
+
+
+def _not_causal(model_config: Any, text: Any) -> Iterator[str]:
+    if getattr(model_config, "is_encoder_decoder", False):
+        yield "is an encoder-decoder; only decoder-only causal language models are served"
+    if any(hasattr(text, name) for name in _OF_A_DECODER_HALF):
+        yield "is one half of an encoder-decoder; only decoder-only causal language models are served"
+    if getattr(text, "model_type", "") in _ENCODERS and not getattr(text, "is_decoder", False):
+        yield "attends in both directions; only causal language models are served"
+
+
+def _named(model_config: Any, text: Any) -> Iterator[str]:
+    for config in (model_config, text):
+        if (name := getattr(config, "model_type", "")) in _NAMED:
+            yield _NAMED[name]
+
+
+def _other_scores(model_config: Any, text: Any) -> Iterator[str]:
+    if getattr(text, "kv_lora_rank", None) is not None:
+        yield "uses multi-head latent attention (MLA), whose cache holds no keys to retrieve"
+    if any(getattr(text, name, None) is not None for name in _OF_AN_INDEX):
+        yield "chooses keys by a sparse index of its own, so there is nothing left to retrieve"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        yield "softcaps its attention logits, which are then not inner products to search by"
+    if getattr(text, "alibi", False) or getattr(text, "model_type", "") in _ALIBI:
+        yield "adds a bias for distance (ALiBi) to its attention logits, which are then not inner products to search by"
+    if getattr(text, "num_kv_shared_layers", 0):
+        yield "shares keys and values between layers, which is not supported"
+
+
+def _other_code(model_config: Any, text: Any) -> Iterator[str]:
+    """By the model's class, where transformers names one; its modelling code is imported, nothing is made."""
+    made = _class_of(text)
+    if made is None:
+        return
+    if not made._can_set_attn_implementation():
+        yield "does not call transformers' attention interface, through which keys are retrieved"
+    if "s_aux" in inspect.getsource(sys.modules[made.__module__]):
+        yield "has learned attention sinks, which are not supported"
+
+
+def _no_layer_of_ours(model_config: Any, text: Any) -> Iterator[str]:
+    kinds = getattr(text, "layer_types", None) or ()
+    if not KEEPS_RECURRENT_STATE and not _RECURRENT.isdisjoint(kinds):
+        yield (
+            "has layers with a recurrent state, which the caches of this transformers version do not keep; "
+            "upgrade transformers"
+        )
+    if getattr(text, "num_attention_heads", None) is None or getattr(text, "model_type", "") in _NO_ATTENTION:
+        yield "has no attention layers, so there is nothing to retrieve"
+    # Exact type: subclasses are other kinds of layer.
+    if not any(type(layer) is DynamicLayer for layer in DynamicCache(config=model_config).layers):
+        found = f" (its layers are {', '.join(sorted(set(kinds)))})" if kinds else ""
+        yield f"has no layer of full attention alone{found}, so there is nothing to retrieve"
+
+
+def _class_of(text: Any) -> Any:
+    """The class of causal models with this configuration, if there is one."""
+    found = AutoModelForCausalLM._model_mapping.get(type(text), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+_CHECKS: tuple[Callable[[Any, Any], Iterator[str]], ...] = (
+    _not_causal,
+    _named,
+    _other_scores,
+    _other_code,
+    _no_layer_of_ours,
+)
+
+_OF_A_DECODER_HALF = ("decoder_layers", "num_decoder_layers", "decoder_attention_heads")
+
+_OF_AN_INDEX = ("index_topk", "index_topk_blocks", "index_n_heads")
+
+# Listed by transformers among the causal models, but they attend both ways unless made decoders. Known by name, because
+# before 5.0 every config says is_decoder=False.
+_ENCODERS = {"bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"}
+
+_ENCODERS |= {"rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"}
+
+_ENCODERS |= {"xmod"}
+
+# What no general rule finds: how their code treats keys.
+_NAMED = {
+    "diffllama": "attends twice to one layer's keys with other values, which is not supported",
+    "doge": "masks keys by a rule that it has learned, so inner products do not say which count",
+    "gemma4_assistant": "drafts from the keys of another model, whose cache it needs",
+    "gemma4_unified": "asks for a mask of its own on top of the causal one (its text model alone, "
+    "'gemma4_unified_text', is served)",
+    "gemma4_unified_assistant": "drafts from the keys of another model, whose cache it needs",
+    "git": "does not call transformers' attention interface, through which keys are retrieved",
+    "jetmoe": "repeats its keys for every attention expert, outside the cache, which is not supported",
+    "mllama": "attends to images in layers of their own, which is not supported",
+    "minimax": "brings a cache of its own, so no other can keep its keys",
+}
+
+_ALIBI = {"bloom", "mpt"}
+
+# Kinds of layers that keep no keys.
+_RECURRENT = {"conv", "linear_attention"}
+
+_NO_ATTENTION = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}

@@ -65,11 +65,12 @@ class ModelShape:
     @classmethod
     def of(cls, model_config: Any, dtype: torch.dtype) -> "ModelShape":
         """From a transformers config."""
-        text = model_config.get_text_config(decoder=True)
         layers = DynamicCache(config=model_config).layers
+        ours = [type(layer) is DynamicLayer for layer in layers]
+        text = _of_layer(model_config.get_text_config(decoder=True), ours.index(True) if any(ours) else 0)
         H = text.num_attention_heads
         return cls(
-            n_layers=sum(type(layer) is DynamicLayer for layer in layers),
+            n_layers=sum(ours),
             sliding=sum(getattr(layer, "sliding_window", None) or 0 for layer in layers),
             H=H,
             G=getattr(text, "num_key_value_heads", None) or H,
@@ -84,6 +85,11 @@ class ModelShape:
     def row(self) -> int:
         """Bytes of one token's keys and values in one layer, in the model's dtype."""
         return 2 * self.G * self.D * self.itemsize
+
+
+def _of_layer(text: Any, i: int) -> Any:
+    """The config of layer i, where transformers keeps one for each; some models' (Gemma 4) heads differ by layer."""
+    return text.per_layer_config[i] if hasattr(text, "per_layer_config") else text
 
 
 def _mlp_width(text: Any) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_models import COMMON, MODELS, prompt_ids, tiny_config, tiny_model
-from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 import retrieval_attn as ra
 from retrieval_attn.hf.versions import KEEPS_RECURRENT_STATE, cache_argument
@@ -244,13 +244,27 @@ class TestRefusals:
             model(prompt_ids(10), **cache_argument(DynamicCache(config=model.config)))
 
     def test_models_that_cannot_be_served(self):
-        from transformers import DeepseekV3Config, Gemma2Config, MambaConfig, T5Config
+        from transformers import (
+            BloomConfig,
+            DeepseekV3Config,
+            DiffLlamaConfig,
+            FalconConfig,
+            Gemma2Config,
+            MambaConfig,
+            OpenAIGPTConfig,
+            T5Config,
+        )
 
         for config, reason in (
             (T5Config(), "'t5' is an encoder-decoder"),
             (MambaConfig(), "'mamba' has no attention layers"),
             (DeepseekV3Config(), "MLA"),
             (Gemma2Config(), "softcaps"),
+            (BloomConfig(), "'bloom' adds a bias for distance"),
+            (FalconConfig(alibi=True), "'falcon' adds a bias for distance"),
+            (OpenAIGPTConfig(), "'openai-gpt' does not call transformers' attention interface"),
+            (DiffLlamaConfig(), "'diffllama' attends twice"),
+            (MistralConfig(), r"'mistral' has no layer of full attention alone"),
         ):
             with pytest.raises(ValueError, match=reason):
                 ra.RetrievalCache(config)
