@@ -39,10 +39,10 @@ WEIGHTS = ("auto", "bf16", "int8", "int4")
 class RetrievalConfig:
     """How far keys are found, and what stays near.
 
-    index: this index finds the far keys. "graph" looks at a few per cent of the keys and is the paper's method; "scan"
-        looks at all of them through a fraction of their bytes, and needs no building; "page" opens the most promising
-        runs of consecutive keys; "exact" scans all keys (the oracle, and the honest baseline); "ivf" is faiss's
-        inverted file, the usual baseline; "auto" chooses by length, memory and use, and says why in the stats.
+    index: this index finds the far keys. "auto" chooses by length, memory and use, and says why in the stats; "graph"
+        looks at a few per cent of the keys and is the paper's method; "scan" looks at all of them through a fraction of
+        their bytes, and needs no building; "page" opens the most promising runs of consecutive keys; "exact" scans all
+        keys (the oracle, and the honest baseline); "ivf" is faiss's inverted file, the usual baseline.
     top_k: each query head retrieves this many far keys. The paper's 100 is the default; hard key-value lookups want up
         to 2000, and as many as there are far keys give full attention.
     n_sink: this many of the first tokens stay near. The paper's 128 hold the attention sink.
@@ -102,7 +102,7 @@ class RetrievalConfig:
     Raises ValueError naming the field, the rule and the value; unknown names are errors (TypeError).
     """
 
-    index: str = "graph"
+    index: str = "auto"
     top_k: int = 100
     n_sink: Tokens = 128
     n_local: Tokens = 512

@@ -6,9 +6,9 @@ from retrieval_attn import RetrievalConfig
 from retrieval_attn.config import INDEX_KINDS
 
 
-def test_defaults_are_the_papers():
+def test_sizes_are_the_papers_and_the_index_chooses_itself():
     config = RetrievalConfig()
-    assert (config.index, config.top_k, config.n_sink, config.n_local) == ("graph", 100, 128, 512)
+    assert (config.index, config.top_k, config.n_sink, config.n_local) == ("auto", 100, 128, 512)
 
 
 def test_frozen():
