@@ -1,7 +1,7 @@
 """Talk to a document of a million tokens with an unmodified open-weight model.
 
     import retrieval_attn as ra
-    llm = ra.load()                                  # the small embedded model; or a folder, or a hub id
+    llm = ra.load()                                  # the small embedded model; or a folder, GGUF file, hub id
     session = llm.session()
     session.read(open("book.txt").read())
     print(session.ask("Who lives at the lighthouse?").text)
