@@ -40,11 +40,11 @@ def _named(model_config: Any, text: Any) -> Iterator[str]:
 
 
 def _other_scores(model_config: Any, text: Any) -> Iterator[str]:
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if _stated(text, "kv_lora_rank"):
         yield "uses multi-head latent attention (MLA), whose cache holds no keys to retrieve"
-    if any(getattr(text, name, None) is not None for name in _OF_AN_INDEX):
+    if any(_stated(text, name) for name in _OF_AN_INDEX):
         yield "chooses keys by a sparse index of its own, so there is nothing left to retrieve"
-    if getattr(text, "attn_logit_softcapping", None) is not None:
+    if _stated(text, "attn_logit_softcapping"):
         yield "softcaps its attention logits, which are then not inner products to search by"
     if getattr(text, "alibi", False) or getattr(text, "model_type", "") in _ALIBI:
         yield "adds a bias for distance (ALiBi) to its attention logits, which are then not inner products to search by"
@@ -70,12 +70,18 @@ def _no_layer_of_ours(model_config: Any, text: Any) -> Iterator[str]:
             "has layers with a recurrent state, which the caches of this transformers version do not keep; "
             "upgrade transformers"
         )
-    if getattr(text, "num_attention_heads", None) is None or getattr(text, "model_type", "") in _NO_ATTENTION:
+    if not _stated(text, "num_attention_heads") or getattr(text, "model_type", "") in _NO_ATTENTION:
         yield "has no attention layers, so there is nothing to retrieve"
     # Exact type: subclasses are other kinds of layer.
     if not any(type(layer) is DynamicLayer for layer in DynamicCache(config=model_config).layers):
         found = f" (its layers are {', '.join(sorted(set(kinds)))})" if kinds else ""
         yield f"has no layer of full attention alone{found}, so there is nothing to retrieve"
+
+
+def _stated(text: Any, name: str) -> bool:
+    """Whether a config has a value under this name, for all of its layers or for one."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    return any(getattr(layer, name, None) is not None for layer in layers)
 
 
 def _class_of(text: Any) -> Any:
