@@ -1,0 +1,67 @@
+"""Every causal type that transformers registers gives stock's logits, or is refused by name before weights are read.
+
+The sweep is family_sweep.py, which says how; what it found is kept in family_results.json, of which docs/models.md is
+made.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from family_page import PAGE, RECORDED, page
+
+# One of each kind: plain, with biases, mixture, windows beside full attention, recurrent with positions to be said.
+EQUAL = ["llama", "gpt2", "qwen3_moe", "gemma3_text", "bamba"]
+
+REFUSED = ["bloom", "falcon_h1", "gemma2", "deepseek_v3", "deepseek_v4", "gpt_oss", "openai-gpt"]
+
+# Without the keys that are far, logits of a family differ by more than this; those of an equal one by less than a tenth
+# of TOLERANCE in family_sweep.py.
+BLUNT = 0.02
+
+
+def sweep(*families: str) -> dict[str, dict[str, Any]]:
+    """What becomes of these families, or of all, in a process that has run no thread yet: it forks one for each."""
+    script = Path(__file__).parents[1] / "helpers" / "family_sweep.py"
+    done = subprocess.run([sys.executable, script, *families], capture_output=True, text=True, check=True)
+    return {row["family"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def verdicts(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    return {name: (row["result"], row["reason"]) for name, row in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return {row["family"]: row for row in json.loads(RECORDED.read_text())["families"]}
+
+
+def test_a_dozen_families_fare_as_recorded(recorded):
+    found = sweep(*EQUAL, *REFUSED)
+    assert verdicts(found) == verdicts({name: recorded[name] for name in found})
+    assert {name: row["result"] for name, row in found.items()} == {
+        **dict.fromkeys(EQUAL, "equal"),
+        **dict.fromkeys(REFUSED, "refused"),
+    }
+    assert all(found[name]["blunt"] > BLUNT for name in EQUAL)
+
+
+def test_the_record_has_every_type_and_no_failure(recorded):
+    assert {row["result"] for row in recorded.values()} == {"equal", "refused"}
+    assert all(row["blunt"] > BLUNT for row in recorded.values() if row["result"] == "equal")
+    assert all(row["reason"].startswith(f"'{name}' ") for name, row in recorded.items() if row["result"] == "refused")
+
+
+def test_the_page_is_what_was_recorded():
+    assert PAGE.read_text() == page(json.loads(RECORDED.read_text()))
+
+
+@pytest.mark.long
+def test_every_type_fares_as_recorded(recorded):
+    if transformers.__version__ != json.loads(RECORDED.read_text())["transformers"]:
+        pytest.skip("recorded with another transformers")
+    assert verdicts(sweep()) == verdicts(recorded)
