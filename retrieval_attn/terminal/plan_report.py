@@ -113,12 +113,13 @@ def estimate_memory(
     found = read_config(checkpoint)
     prefill_patterns(found, config)
     target = _target(device, device_memory, host_memory)
-    stored = _stored_dtype(found) if checkpoint.header is None else gguf_dtype(target.device)
+    header = checkpoint.header
+    stored = gguf_dtype(target.device) if header else _stored_dtype(found)
     numbers = _wanted_dtype(dtype, weights, stored)
     base = Base(
         libraries=measure_libraries(config, numbers),
         weights=weight_bytes(found, numbers, weights),
-        checkpoint=weight_bytes(found, stored or numbers, "auto"),
+        checkpoint=header.n_bytes if header else weight_bytes(found, stored or numbers, "auto"),
     )
     # This process holds the libraries already, and so will the one that is planned.
     here = psutil.virtual_memory().available + base.libraries

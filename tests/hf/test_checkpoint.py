@@ -190,6 +190,7 @@ def test_bf16_is_unpacked_and_estimated(whole):
     for weights, dtype in read_as.items():
         (found,) = estimate_memory(whole, [1000], CONFIG, weights=weights, device="cpu")
         assert found.phases[0].host_terms["weights"] == n_weights * dtype.itemsize
+        assert found.phases[0].host_terms["checkpoint"] == read_header(whole).n_bytes
 
 
 def test_a_session_outlives_the_move_of_its_file_but_not_another_file(whole, tmp_path):
