@@ -275,6 +275,7 @@ def test_the_real_console(model):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_wrong_path_on_the_real_console():
     done = subprocess.run([SCRIPT, "chat", "--model", "/no/such/model"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

@@ -23,7 +23,7 @@ def _attend_to_nothing(query, *rest):
 
 @pytest.fixture(scope="module")
 def llm():
-    return ra.load()
+    return ra.load(None, ra.RetrievalConfig(index="graph"))
 
 
 @pytest.fixture(scope="module")

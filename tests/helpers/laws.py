@@ -22,14 +22,14 @@ def rarely(*cases: Any) -> list[Any]:
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long) for case in cases]
 
 
-def some_of(*axes: Any) -> list[Any]:
+def some_of(*axes: Any, few: int | None = None) -> list[Any]:
     """All combinations of the values of the axes, as parameters of a test; all but a few only in `make test-long`.
 
-    The few are as many as the longest axis has values, and have every value of every axis.
+    few: so many; None: as many as the longest axis has values, which have every value of every axis.
     """
-    n = max(len(axis) for axis in axes)
+    n = max(len(axis) for axis in axes) if few is None else few
     # Shifted by one after each round, so that two axes of one length meet in more than equal places.
-    few = {tuple((i + i // len(axis)) % len(axis) for axis in axes) for i in range(n)}
+    chosen = {tuple((i + i // len(axis)) % len(axis) for axis in axes) for i in range(n)}
     places = itertools.product(*(range(len(axis)) for axis in axes))
     cases = zip(places, itertools.product(*axes), strict=True)
-    return [pytest.param(*case, marks=() if place in few else pytest.mark.long) for place, case in cases]
+    return [pytest.param(*case, marks=() if place in chosen else pytest.mark.long) for place, case in cases]

@@ -131,6 +131,7 @@ def test_every_number_there_is(kind, n_keys):
     np.testing.assert_array_equal(np.take_along_axis(exact, hit.ids, axis=2), hit.scores)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("score", SCORES)
 def test_summaries_of_pages_are_those_of_bfloat16_keys(score, scene):
     """In int8 a mean would be rounded to a whole number, and the order of pages would be a matter of chance."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from laws import rarely
 
 import retrieval_attn
 from retrieval_attn.attention import to_device as stream
@@ -267,8 +268,8 @@ def test_a_case_without_the_cpu_memory_is_skipped(loaded, monkeypatch):
 @pytest.mark.parametrize(
     ("failing", "reason", "phases"),
     [
-        (1, "warm-up: out of memory: CUDA out of memory", ["load"]),
         (2, "build: out of memory: CUDA out of memory", ["load", "prefill", "build"]),
+        *rarely((1, "warm-up: out of memory: CUDA out of memory", ["load"])),
     ],
 )
 def test_want_of_memory_is_a_row_and_the_next_case_goes_on(failing, reason, phases, loaded, monkeypatch):
@@ -369,8 +370,8 @@ EXACT = ("all streamed", "all streamed, one tile", "a third kept", "all kept", "
     [
         ({}, ()),
         ({"attention__prefill__earlier": without_first_tile}, (*EXACT, "sparse, a third kept")),
-        ({"attention__prefill__whole_heads": values_moved}, ("sparse, a third kept",)),
-        ({"hf__layer__decode_block": without_far_keys}, ("follow-up retrieves",)),
+        *rarely(({"attention__prefill__whole_heads": values_moved}, ("sparse, a third kept",))),
+        *rarely(({"hf__layer__decode_block": without_far_keys}, ("follow-up retrieves",))),
     ],
 )
 def test_what_is_streamed_wrongly_is_found(wrong, found):

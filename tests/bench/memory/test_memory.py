@@ -46,6 +46,7 @@ def test_tables_and_report(row):
     assert report["env"]["ram_bytes"] > 0
 
 
+@pytest.mark.long
 def test_a_context_that_fails_is_a_row_with_the_reason():
     row = memory_measure.run_context(
         {"tokens": 5, "model": None, "index": "scan", "seed": 0, "device": "cpu", "save": None}

@@ -298,6 +298,7 @@ def test_the_embedded_model_finds_a_needle_and_streaming_does_not(capsys):
     assert sum(row["score"] for row in rows if row["method"] == "streaming") == 0
 
 
+@pytest.mark.long
 def test_needles_together_are_read_once_and_told_apart_by_depth(capsys):
     words = ["needle", "-c", "4k", "--depths", "5", "--together", "--plain", "--method", "full,scan", "-o", "json"]
     _, out, _ = call(capsys, *words)
@@ -367,6 +368,7 @@ def test_groups_of_tasks_and_single_ones():
         parse_tasks(" ,", ["a"], {})
 
 
+@pytest.mark.long
 def test_limit_is_examples_of_each_task_and_length(capsys):
     _, out, _ = call(
         capsys,

@@ -138,7 +138,7 @@ def build(D, dtype, cc, masked):
     return Build(kernel, cc, tuple(types.items()), tuple(constants.items()), tuple(options.items()))
 
 
-CASES = some_of(HEAD_DIMS, tuple(NAMES), (80, 89, 90), (False, True))
+CASES = some_of(HEAD_DIMS, tuple(NAMES), (80, 89, 90), (False, True), few=2)
 
 
 @pytest.mark.parametrize(("D", "dtype", "cc", "masked"), CASES)
