@@ -6,7 +6,7 @@
 from retrieval_attn.kernels.dense import attend_dense
 from retrieval_attn.kernels.far import attend_far
 from retrieval_attn.kernels.merge import AttentionState, merge
-from retrieval_attn.kernels.near import attend_near
+from retrieval_attn.kernels.near import attend_near, attend_window
 from retrieval_attn.kernels.sparse.attend import attend_sparse
 from retrieval_attn.kernels.sparse.by_head import attend_adaptive, attend_patterns
 from retrieval_attn.kernels.sparse.lists import SparseIndex
@@ -24,5 +24,6 @@ __all__ = [
     "attend_near",
     "attend_patterns",
     "attend_sparse",
+    "attend_window",
     "merge",
 ]

@@ -38,6 +38,14 @@ class AttentionState(NamedTuple):
         """
         return torch.exp(self.lse - whole.lse.to(self.lse.device)).masked_fill(self.lse == -torch.inf, 0)
 
+    def with_sinks(self, sinks: Tensor) -> "AttentionState":
+        """Beside one more key per head that has no value, as gpt-oss learns it: it only takes a share of the mass.
+
+        sinks: (H,), the scaled score of that key.
+        """
+        lse = sinks.detach().float().to(self.lse.device)[None, :, None].expand_as(self.lse)
+        return merge(self, AttentionState(torch.zeros_like(self.out), lse.contiguous()))
+
     @classmethod
     def empty(
         cls, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"

@@ -15,6 +15,9 @@ log = logging.getLogger("retrieval_attn")
 # Queries times heads of a group up to which the Triton kernel, made for steps of decoding, reads the window.
 MOST_ROWS = 128
 
+# Queries whose scores `attend_window` writes out at once.
+WINDOW_ROWS = 256
+
 
 def attend_near(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None = None
@@ -42,6 +45,31 @@ def attend_near(
         return attend_dense(query, keys, values, scale)
     state = attend(_masked_scores(query, keys, scale, mask), values.to(common_dtype(query, keys, values, wide=True)))
     return unfold_group(state, query)
+
+
+def attend_window(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, mask: Tensor | None = None
+) -> AttentionState:
+    """Exact causal attention of the last T tokens over the last `window` tokens before each, itself included.
+
+    query: (B, H, T, D), of the last T of the S keys (B, G, S, D) and values (B, G, S, Dv). mask: bool (B, 1, T, S), in
+    the place of causality and window, beyond which it may not reach; True = attend. Scores are written out for a block
+    of queries at a time, and for no more keys than it can see. For layers of which the `lse` is wanted, too.
+    """
+    T, S = query.shape[2], keys.shape[2]
+    parts = []
+    for start in range(0, T, WINDOW_ROWS):
+        stop = min(start + WINDOW_ROWS, T)
+        first, last = max(0, S - T + start - window + 1), S - T + stop
+        part = query[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last]
+        if mask is None:
+            at = torch.arange(S - T + start, last, device=query.device)[:, None]
+            before = at - torch.arange(first, last, device=query.device)
+            seen = (before >= 0) & (before < window)
+        else:
+            seen = mask[:, :, start:stop, first:last]
+        parts.append(attend_near(*part, scale, seen))
+    return AttentionState.beside(parts, dim=2)
 
 
 def _is_one_launch(query: Tensor, keys: Tensor, values: Tensor) -> bool:

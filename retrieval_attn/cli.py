@@ -197,6 +197,7 @@ def estimate(
             weights=model.weights,
             device_memory=on_device,
             host_memory=on_host,
+            rope=model.rope,
         )
     if as_json:
         print(json.dumps([one.as_dict() for one in found]))

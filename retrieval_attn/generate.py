@@ -18,9 +18,13 @@ from retrieval_attn.attention.prefill_policy import EXACT_TAIL, PrefillCounts
 from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.hf.passes import Passes
+from retrieval_attn.hf.positions import made_for
 from retrieval_attn.plan.terms import ModelShape, stored_kv
 
 REPORT_EVERY_S = 0.2
+
+# Tokens of a context to which neither the model nor the user has set a limit.
+UNBOUNDED = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -313,12 +317,12 @@ def follow_builds(cache: RetrievalCache, on_progress: OnProgress) -> None:
 
 
 def longest_context(model_config: Any, config: RetrievalConfig, dtype: torch.dtype, n_sequences: int = 1) -> int:
-    """Tokens that the model was made for, or fewer if the config's limits say so; effectively unbounded if none does.
+    """Tokens that the model was made for, with its scaled positions, or what the config's limits say; effectively
+    unbounded if neither says anything. `max_tokens` may be more than the model was made for.
 
     dtype: of the model's numbers, by which its keys and values are counted. n_sequences: that share one cache.
     """
-    text = model_config.get_text_config(decoder=True)
-    most = min(getattr(text, "max_position_embeddings", None) or 1 << 60, config.max_tokens or 1 << 60)
+    most = config.max_tokens or made_for(model_config) or UNBOUNDED
     if config.max_host_bytes is None:
         return most
     return min(most, config.max_host_bytes // (n_sequences * stored_kv(ModelShape.of(model_config, dtype), 1, config)))

@@ -14,6 +14,7 @@ from retrieval_attn.generate import Completion, OnProgress, Request, longest_con
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
 from retrieval_attn.hf.checkpoint import find_checkpoint, load_tokenizer, read_config
+from retrieval_attn.hf.positions import warn_if_longer
 from retrieval_attn.hf.rope import same_turning
 from retrieval_attn.hf.weights import held_as, load_weights, weight_options
 from retrieval_attn.kernels import HeadPattern
@@ -189,6 +190,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     weights: str = "auto",
+    rope: str | None = None,
 ) -> LLM:
     """Load a causal language model for retrieval.
 
@@ -198,6 +200,8 @@ def load(
     "bfloat16", "float16". weights: "auto" as stored, "bf16", or "int8" / "int4" through bitsandbytes if installed.
     Of a GGUF file, "auto" keeps weights packed where transformers has a kernel for them on a GPU, and unpacks them
     otherwise ("bf16" always does; `LLM.weights` tells); its dtype "auto" is "float32" on a CPU, else "bfloat16".
+    rope: None, or "yarn:4", "linear:2", "dynamic:2" scales positions, so that a text may be that many times as long as
+    the model was trained for, with some loss on short ones. A config that scales them itself needs none.
     `config.threads` also sets PyTorch's thread count, which belongs to the process. Unless OMP_WAIT_POLICY,
     GOMP_SPINCOUNT or KMP_BLOCKTIME is set, OMP_WAIT_POLICY becomes PASSIVE in this process: threads sleep between
     loops. Those of torch, faiss and numba do only if they started later than `retrieval_attn.load` was imported; else
@@ -213,7 +217,8 @@ def load(
     checkpoint = find_checkpoint(EMBEDDED if model is None else model)
     chosen = _choose_device(device)
     options = weight_options(checkpoint, weights, dtype, chosen)
-    found = read_config(checkpoint)
+    found = read_config(checkpoint, rope)
+    warn_if_longer(found, config.max_tokens)
     # What a file of patterns has wrong is found out before the weights are read.
     patterns = prefill_patterns(found, config)
     register()

@@ -58,7 +58,8 @@ def folded_registered() -> Iterator[str]:
 def _folded_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: folds single tokens, leaves everything else to stock sdpa."""
+    """transformers' attention interface: folds single tokens, leaves everything else to stock sdpa; also layers with a
+    window, whatever it holds."""
     if query.shape[2] != 1 or attention_mask is not None or kwargs.get("sliding_window") is not None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None

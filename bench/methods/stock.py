@@ -18,6 +18,7 @@ from retrieval_attn.bench.shared.machine import synchronize
 from retrieval_attn.hf.attention import NAME
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.hf.layer import RetrievalLayer
+from retrieval_attn.hf.layers import attends_to_all
 from retrieval_attn.hf.versions import cache_argument
 from retrieval_attn.llm import LLM
 
@@ -109,7 +110,7 @@ def _fill(cache: DynamicCache, source: RetrievalCache, model: Any) -> None:
 def _streaming(model: Any, method: Method) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [
-        StreamingLayer(method.config.n_sink, method.config.n_local) if type(layer) is DynamicLayer else layer
+        StreamingLayer(method.config.n_sink, method.config.n_local) if attends_to_all(layer, model.config) else layer
         for layer in cache.layers
     ]
     return cache

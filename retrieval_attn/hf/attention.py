@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from retrieval_attn.hf.layer import layer_of
+from retrieval_attn.hf.layers import is_wide
 from retrieval_attn.hf.rope import rope_border
 from retrieval_attn.hf.versions import (
     ALL_ATTENTION_FUNCTIONS,
@@ -21,8 +22,12 @@ from retrieval_attn.hf.versions import (
     causal_mask_function,
     sdpa_mask,
 )
+from retrieval_attn.kernels import AttentionState, attend_window
 
 NAME = "retrieval"
+
+# Kinds of layers that attend to a part of the tokens, and how their configs call its length.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 def register() -> None:
@@ -49,24 +54,48 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (B, H, T, D), new key and value (B, G, T, D); returns (B, T, H, D).
 
-    Sliding-window layers go to stock sdpa. Raises ValueError where silence would be wrong output: a full-attention
-    layer whose cache is not a `RetrievalCache`, keys shared between layers, softcapped logits, learned sinks, masks.
+    Sliding-window layers go to stock sdpa, or, with learned sinks, to `attend_window`. Sinks (`s_aux`, as of gpt-oss)
+    are one more key per head. Raises ValueError where silence would be wrong output: a full-attention layer whose cache
+    is not a `RetrievalCache`, keys shared between layers, softcapped logits, masks.
     """
     layer = layer_of(key)
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(
-            "learned attention sinks (gpt-oss) take a share that no key stands for; they are not supported"
-        )
     if layer is None:
         if not _is_sliding(module, kwargs):
             raise ValueError(_needs_our_cache(module))
-        stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return _attend_sliding(module, query, key, value, attention_mask, scaling, dropout=dropout, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("softcapped attention logits (Gemma-2) are not inner products and cannot be retrieved")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     state = layer.attend(query.detach(), key.detach(), value.detach(), attention_mask, scale)
-    return state.out.transpose(1, 2).contiguous(), None
+    return _as_output(state, kwargs.get("s_aux")), None
+
+
+def _attend_sliding(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """A layer of stock keys and values. transformers' sdpa leaves learned sinks out, without a word."""
+    sinks, window = kwargs.get("s_aux"), kwargs.get("sliding_window")
+    if sinks is None:
+        stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return stock(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if window is None:
+        where = getattr(module, "layer_idx", "?")
+        raise ValueError(f"layer {where} has learned sinks, and a window that it does not tell")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    state = attend_window(query.detach(), key.detach(), value.detach(), scale, window, attention_mask)
+    return _as_output(state, sinks), None
+
+
+def _as_output(state: AttentionState, sinks: Tensor | None) -> Tensor:
+    """(B, T, H, D), as transformers wants it."""
+    state = state if sinks is None else state.with_sinks(sinks)
+    return state.out.transpose(1, 2).contiguous()
 
 
 def _needs_our_cache(module: torch.nn.Module) -> str:
@@ -85,13 +114,14 @@ def _needs_our_cache(module: torch.nn.Module) -> str:
 
 
 def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Any:
-    """transformers' mask interface: stock masks for sliding layers, else the (B, S) padding mask or None.
+    """transformers' mask interface: stock masks for sliding layers, else the (B, S) padding mask or None. A window that
+    no text fills is none.
 
     A T x S mask is never made. Without this function registered, left padding would be ignored silently.
     """
-    if local_size is not None:
+    if local_size is not None and not is_wide(local_size, kwargs["config"]):
         return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
-    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+    if local_size is None and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise ValueError("only causal attention with padding is supported; the model asks for a mask of its own on top")
     if attention_mask is None or attention_mask.all():
         return None
@@ -99,25 +129,33 @@ def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int 
 
 
 def _is_sliding(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    if kwargs.get("sliding_window") is not None:
-        return True
-    kinds = getattr(getattr(module, "config", None), "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    return kinds is not None and index is not None and kinds[index] in ("sliding_attention", "chunked_attention")
+    config, window = getattr(module, "config", None), kwargs.get("sliding_window")
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if window is None:
+        if kinds is None or index is None or kinds[index] not in _WINDOWS:
+            return False
+        window = getattr(config, _WINDOWS[kinds[index]], None)
+    return config is None or window is None or not is_wide(window, config)
 
 
 @contextmanager
-def watched_attention(model: Any, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+def watched_attention(
+    model: Any, function: Callable[..., tuple[Tensor, None]], takes_sinks: bool = False
+) -> Iterator[None]:
     """Inside, the full-attention layers of a model call `function`; at the end all is as it was, whatever happened.
 
     function: as transformers' attention interface, see `attend`; with all keys and values of the cache in use, or of
     this pass if there is none, and with stock masks: None where causality says it all. Sliding-window layers go to
-    stock sdpa. Not for a model that another thread uses meanwhile.
+    stock sdpa. takes_sinks: `function` minds `s_aux`; else layers with learned sinks raise ValueError. Not for a model
+    that another thread uses meanwhile.
     """
 
     def watched(module: torch.nn.Module, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        chosen = ALL_ATTENTION_FUNCTIONS["sdpa"] if _is_sliding(module, kwargs) else function
-        return chosen(module, *inputs, **kwargs)
+        if _is_sliding(module, kwargs):
+            return _attend_sliding(module, *inputs, **kwargs)
+        if kwargs.get("s_aux") is not None and not takes_sinks:
+            raise ValueError("this model has learned attention sinks (as gpt-oss), without which attention is another")
+        return function(module, *inputs, **kwargs)
 
     name, before = f"watched-{id(model):x}", model.config._attn_implementation
     AttentionInterface.register(name, watched)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from retrieval_attn.attention.pattern_files import load_patterns
 from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
+from retrieval_attn.hf.layers import attends_to_all, max_positions
 from retrieval_attn.hf.rope import rope_border
 from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.kernels import HeadPattern
@@ -58,9 +60,9 @@ class RetrievalCache(DynamicCache):
         patterns = prefill_patterns(model_config, config) if patterns is None else patterns
         super().__init__(config=model_config)
         # More than a model was made for costs nothing until it is used, and its context may have been stretched.
-        capacity = max(_max_positions(model_config) or 0, DEFAULT_CAPACITY)
-        # Exact type: subclasses are other kinds of layer.
-        ours = [type(layer) is DynamicLayer for layer in self.layers]
+        capacity = max(max_positions(model_config) or 0, DEFAULT_CAPACITY)
+        ours = [attends_to_all(layer, model_config) for layer in self.layers]
+        windows = [getattr(layer, "sliding_window", None) for layer in itertools.compress(self.layers, ours)]
         given = patterns if patterns is not None else [()] * len(ours)
         self.layers: list[Any] = [
             RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
@@ -72,6 +74,8 @@ class RetrievalCache(DynamicCache):
         # Of the text that the tokens are a part of, if who feeds them says so.
         self.text_length = 0
         self._border = rope_border(model_config)
+        # Of layers that are ours although they have one, because no text was to fill it.
+        self._window = min(filter(None, windows), default=None)
         self._own_threads()
 
     def _own_threads(self) -> None:
@@ -177,10 +181,13 @@ class RetrievalCache(DynamicCache):
             self.spoiled = True
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; raises ValueError if an interrupted pass has left the layers uneven for good."""
+        """See transformers; raises ValueError if an interrupted pass has left the layers uneven for good, and for more
+        tokens than a layer attends to."""
         if self.spoiled:
             raise ValueError("an interrupted forward pass left this cache uneven; start a new cache and prefill")
-        held = self.layers[layer_idx].get_seq_length() if self._border else 0
+        held = self.layers[layer_idx].get_seq_length() if self._border or self._window else 0
+        if self._window and held + key_states.shape[-2] > self._window:
+            raise ValueError(f"this model attends to the last {self._window} tokens only; shorten the text to as many")
         if self._crosses(held, held, max(held + key_states.shape[-2], self.text_length)):
             raise ValueError(
                 f"keys are turned otherwise in a text of more than {self._border} tokens, which begins with this pass, "
@@ -286,7 +293,3 @@ def prefill_patterns(model_config: Any, config: RetrievalConfig) -> Sequence[Seq
         return None
     text = model_config.get_text_config(decoder=True)
     return load_patterns(config.prefill, text.num_hidden_layers, text.num_attention_heads)
-
-
-def _max_positions(model_config: Any) -> int | None:
-    return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from retrieval_attn.hf.gguf_header import MAGIC, GgufHeader, read_header
+from retrieval_attn.hf.positions import scaled_positions
 from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.hf.versions import READS_GGUF
 
@@ -135,8 +136,8 @@ def _refuse_what_is_no_model(path: Path, header: GgufHeader) -> None:
         )
 
 
-def read_config(checkpoint: Checkpoint) -> Any:
-    """The config of a model that can be served; no weights are read.
+def read_config(checkpoint: Checkpoint, rope: str | None = None) -> Any:
+    """The config of a model that can be served; no weights are read. rope: see `scaled_positions`; None leaves it.
 
     Raises ValueError, in one line, for anything else.
     """
@@ -150,7 +151,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
         raise ValueError(f"{checkpoint.source!r} is not a causal language model (its type is {found.model_type!r})")
     if checkpoint.header is not None:
         _refuse_what_was_dropped(checkpoint.source, checkpoint.header, found.get_text_config(decoder=True))
-    return found
+    return found if rope is None else scaled_positions(found, rope)
 
 
 def _refuse_what_was_dropped(source: str, header: GgufHeader, text: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrieval_attn.hf.positions import kind_of, ropes_of
+
 # One pass at a time where passes write to the model's buffers.
 _locks: "weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock]" = weakref.WeakKeyDictionary()
 _making_locks = threading.Lock()
@@ -22,8 +24,8 @@ _making_locks = threading.Lock()
 def rope_border(model_config: Any) -> int | None:
     """The longest text that "longrope" turns with its short factors; None for models that turn all texts alike."""
     text = model_config.get_text_config(decoder=True)
-    for rope in _ropes(text):
-        if _kind(rope) == "longrope":
+    for rope in ropes_of(text):
+        if kind_of(rope) == "longrope":
             stated = rope.get("original_max_position_embeddings")
             return stated or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
     return None
@@ -35,7 +37,7 @@ def same_turning(model_config: Any, lengths: list[tuple[int, int]]) -> bool:
     if border is not None:
         return all(last <= border for _, last in lengths) or all(first > border for first, _ in lengths)
     text = model_config.get_text_config(decoder=True)
-    dynamic = any("dynamic" in _kind(rope) for rope in _ropes(text))
+    dynamic = any("dynamic" in kind_of(rope) for rope in ropes_of(text))
     return not dynamic or all(last <= text.max_position_embeddings for _, last in lengths)
 
 
@@ -101,16 +103,6 @@ def _call(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any], positions:
 def _lock_of(model: torch.nn.Module) -> threading.Lock:
     with _making_locks:
         return _locks.setdefault(model, threading.Lock())
-
-
-def _ropes(text: Any) -> list[dict[str, Any]]:
-    """The parameters of each kind of rotary embedding; some models have one for each kind of layer."""
-    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    return [rope for rope in given.values() if isinstance(rope, dict)] or [given]
-
-
-def _kind(rope: dict[str, Any]) -> str:
-    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def _by_length(module: torch.nn.Module) -> bool:

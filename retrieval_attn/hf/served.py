@@ -1,13 +1,11 @@
 """Refuses models whose attention cannot be served, with the reason, from their configuration: no weights are read."""
 
-import inspect
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM
 
+from retrieval_attn.hf.layers import attends_to_all, stock_layers
 from retrieval_attn.hf.versions import KEEPS_RECURRENT_STATE
 
 
@@ -59,8 +57,6 @@ def _other_code(model_config: Any, text: Any) -> Iterator[str]:
         return
     if not made._can_set_attn_implementation():
         yield "does not call transformers' attention interface, through which keys are retrieved"
-    if "s_aux" in inspect.getsource(sys.modules[made.__module__]):
-        yield "has learned attention sinks, which are not supported"
 
 
 def _no_layer_of_ours(model_config: Any, text: Any) -> Iterator[str]:
@@ -72,8 +68,7 @@ def _no_layer_of_ours(model_config: Any, text: Any) -> Iterator[str]:
         )
     if not _stated(text, "num_attention_heads") or getattr(text, "model_type", "") in _NO_ATTENTION:
         yield "has no attention layers, so there is nothing to retrieve"
-    # Exact type: subclasses are other kinds of layer.
-    if not any(type(layer) is DynamicLayer for layer in DynamicCache(config=model_config).layers):
+    if not any(attends_to_all(layer, model_config) for layer in stock_layers(model_config)):
         found = f" (its layers are {', '.join(sorted(set(kinds)))})" if kinds else ""
         yield f"has no layer of full attention alone{found}, so there is nothing to retrieve"
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from retrieval_attn.config import RetrievalConfig
 from retrieval_attn.far.index_build import needs_tail
 from retrieval_attn.far.index_choice import bytes_per_key
 from retrieval_attn.far.query_sample import RECENT_QUERIES
+from retrieval_attn.hf.layers import attends_to_all, stock_layers
 from retrieval_attn.index.graph.cells import MAX_CELL
 from retrieval_attn.index.graph.links import N_CANDIDATES, N_COMPARED
 from retrieval_attn.index.scan.map import SAMPLE
@@ -65,13 +64,17 @@ class ModelShape:
     @classmethod
     def of(cls, model_config: Any, dtype: torch.dtype) -> "ModelShape":
         """From a transformers config."""
-        layers = DynamicCache(config=model_config).layers
-        ours = [type(layer) is DynamicLayer for layer in layers]
+        layers = stock_layers(model_config)
+        ours = [attends_to_all(layer, model_config) for layer in layers]
         text = _of_layer(model_config.get_text_config(decoder=True), ours.index(True) if any(ours) else 0)
         H = text.num_attention_heads
         return cls(
             n_layers=sum(ours),
-            sliding=sum(getattr(layer, "sliding_window", None) or 0 for layer in layers),
+            sliding=sum(
+                getattr(layer, "sliding_window", None) or 0
+                for layer, mine in zip(layers, ours, strict=True)
+                if not mine
+            ),
             H=H,
             G=getattr(text, "num_key_value_heads", None) or H,
             D=getattr(text, "head_dim", None) or text.hidden_size // H,

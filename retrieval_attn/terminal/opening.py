@@ -50,7 +50,7 @@ def load_model(notes: Console, asked: ModelOptions, config: RetrievalConfig) -> 
         quiet_transformers()
         from retrieval_attn.llm import load
 
-        return load(asked.model, config, device=asked.device, dtype=asked.dtype, weights=asked.weights)
+        return load(asked.model, config, device=asked.device, dtype=asked.dtype, weights=asked.weights, rope=asked.rope)
 
 
 def open_session(llm: "LLM", folder: Path | None, system: str | None, notes: Console) -> "Session":

@@ -53,6 +53,10 @@ class ModelOptions:
     device: Annotated[str, option("auto, cpu, cuda, cuda:1 ...", "--device", panel=MODEL)] = "auto"
     dtype: Annotated[str, option(f"{', '.join(DTYPES)}.", "--dtype", panel=MODEL)] = "auto"
     weights: Annotated[str, option(f"{', '.join(WEIGHTS)}.", "--weights", panel=MODEL)] = "auto"
+    rope: Annotated[
+        str | None,
+        option("Scale positions for longer texts: yarn:4, linear:2 ...", "--rope", panel=MODEL, default="as the model"),
+    ] = None
 
 
 class Fields:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from retrieval_attn.config import DTYPES, RetrievalConfig, Sampling
-from retrieval_attn.generate import Request, longest_context
+from retrieval_attn.generate import UNBOUNDED, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
 from retrieval_attn.hf.checkpoint import find_checkpoint, read_config
@@ -80,6 +80,8 @@ class Estimate:
             said += "; use --weights int8 or int4, or a smaller --device-kv-budget"
         if self.n_tokens > self.max_tokens:
             said += f"; longer than the {self.max_tokens} tokens that the model was made for"
+        if self.max_tokens >= UNBOUNDED:
+            said += "; its config does not say how long a text the model was made for"
         return said
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,10 +101,12 @@ def estimate_memory(
     weights: str = "auto",
     device_memory: int | None = None,
     host_memory: int | None = None,
+    rope: str | None = None,
 ) -> list[Estimate]:
     """What contexts of these lengths take, from the model's config alone: no weights are read.
 
-    model, dtype, weights: as `load` takes them. device: "auto", "cpu" or "cuda", the latter also on a machine without.
+    model, dtype, weights, rope: as `load` takes them. device: "auto", "cpu" or "cuda", the latter also on a machine
+    without.
     device_memory: bytes of the device, whole; None takes what the device here has free.
     host_memory: bytes of CPU memory that the process may take; None takes what is free here.
 
@@ -110,7 +114,7 @@ def estimate_memory(
     """
     checkpoint = find_checkpoint(EMBEDDED if model is None else model)
     check_weights(checkpoint, weights)
-    found = read_config(checkpoint)
+    found = read_config(checkpoint, rope)
     prefill_patterns(found, config)
     target = _target(device, device_memory, host_memory)
     header = checkpoint.header

@@ -93,7 +93,11 @@ def sharpen(model: Any) -> float:
         scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * scale
         T, S = scores.shape[-2:]
         scores += torch.full((T, S), -torch.inf).triu(S - T + 1)
-        weights = scores.softmax(-1)
+        sinks = kwargs.get("s_aux")
+        whole = (
+            scores if sinks is None else torch.cat([scores, sinks[None, :, None, None].expand_as(scores[..., :1])], -1)
+        )
+        weights = whole.softmax(-1)[..., :S]
         masses.append(spread(weights))
         if adjust:
             std = torch.stack([scores[..., i, : i + 1].std() for i in range(150, T, 10)]).mean()
@@ -106,11 +110,14 @@ def sharpen(model: Any) -> float:
     for name, weight in model.named_parameters():
         if weight.dim() == 2 and any(part in name for part in ("attn", "attention")):
             weight.mul_(1 / weight.std().clamp(min=1e-6) / weight.shape[1] ** 0.5)
+        if name.endswith("sinks"):
+            # As they are drawn, leaving them out would hardly show.
+            weight.fill_(5.0)
     for adjusting in (True, True, False):
         adjust = adjusting
         masses.clear()
         try:
-            with watched_attention(model, watched):
+            with watched_attention(model, watched, takes_sinks=True):
                 model(prompt(N_PROMPT), use_cache=False)
         except ValueError:
             # A part for images or sound takes no attention function; the scale above has to do.

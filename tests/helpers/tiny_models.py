@@ -38,7 +38,8 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "phi3": (Phi3ForCausalLM, Phi3Config, {}),
+    # A window wider than any text, as published ones have; transformers calls all layers sliding.
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 16_384}),
     "gemma3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,

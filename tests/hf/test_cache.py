@@ -3,7 +3,16 @@
 import pytest
 import torch
 from tiny_models import COMMON, MODELS, prompt_ids, tiny_config, tiny_model
-from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import (
+    DynamicCache,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import retrieval_attn as ra
 from retrieval_attn.hf.versions import KEEPS_RECURRENT_STATE, cache_argument
@@ -268,6 +277,21 @@ class TestRefusals:
         ):
             with pytest.raises(ValueError, match=reason):
                 ra.RetrievalCache(config)
+
+    def test_more_tokens_than_a_wide_window_holds(self):
+        config = Phi3Config(**COMMON | {"max_position_embeddings": 100}, sliding_window=120)
+        torch.manual_seed(7)
+        model = Phi3ForCausalLM(config).eval()
+        model.set_attn_implementation("retrieval")
+        cache = ra.RetrievalCache(config, small())
+        with torch.no_grad():
+            model(prompt_ids(120), **cache_argument(cache))
+            with pytest.raises(ValueError, match="attends to the last 120 tokens only"):
+                model(prompt_ids(1), **cache_argument(cache))
+
+    def test_a_window_that_texts_fill_leaves_nothing_to_retrieve(self):
+        with pytest.raises(ValueError, match="has no layer of full attention alone"):
+            ra.RetrievalCache(Phi3Config(**COMMON, sliding_window=COMMON["max_position_embeddings"] - 1), small())
 
     def test_nan_in_queries_is_named(self):
         model = tiny_model("llama")

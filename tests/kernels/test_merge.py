@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import examples
+from peaky import peaky
 from states import GAPS, SHAPE, assert_same, state, wide
 
 from retrieval_attn.kernels import AttentionState, merge, reference
@@ -152,3 +153,15 @@ def test_beside_is_one_behind_the_other(dim):
 def test_names_what_does_not_fit(other, message):
     with pytest.raises(ValueError, match=message):
         merge(state(), other)
+
+
+def test_a_sink_is_one_more_key_without_a_value():
+    query, keys, values, scale = peaky(S=20, T=3)
+    sinks = torch.tensor([-torch.inf, 0.0, 5.0, 50.0])
+    scores = query @ keys.repeat_interleave(2, 1).mT * scale
+    weights = torch.cat([scores, sinks[None, :, None, None].expand(1, 4, 3, 1)], -1).softmax(-1)[..., :-1]
+    state = reference.attend_near(query, keys, values, scale).with_sinks(sinks)
+    torch.testing.assert_close(state.out, weights @ values.repeat_interleave(2, 1))
+    assert state.out[:, 3].abs().max() < 1e-6 < state.out[:, 0].abs().max()
+    nothing = AttentionState.empty((1, 4, 3, 64)).with_sinks(sinks)
+    assert not nothing.out.any()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from peaky import DIMS, DTYPES, LENGTHS, RATIOS, assert_as_exact_as_its_dtype, peaky
 
-from retrieval_attn.kernels import attend_near
+from retrieval_attn.kernels import attend_near, attend_window, near
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,3 +84,21 @@ def test_scores_far_from_zero():
 def test_names_what_is_wrong_with_a_mask(mask, message):
     with pytest.raises(ValueError, match=message):
         attend_near(*peaky(), mask)
+
+
+@pytest.mark.parametrize(("T", "S", "window"), [(1, 40, 16), (300, 300, 16), (300, 315, 16), (20, 20, 100), (1, 1, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_window_is_what_its_mask_says(monkeypatch, T, S, window, masked):
+    """Over all keys, by one mask; block by block, and over no more keys than a block sees, it is the same."""
+    monkeypatch.setattr(near, "WINDOW_ROWS", 64)
+    query, keys, values, scale = peaky(T=T, S=S, D=8, B=2)
+    before = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    seen = ((before >= 0) & (before < window)).expand(2, 1, T, S).clone()
+    if masked:
+        # Padding on the left of the second row.
+        seen[1, :, :, : S // 3] = False
+    ours = attend_window(query, keys, values, scale, window, seen if masked else None)
+    true = attend_near(query, keys, values, scale, seen)
+    torch.testing.assert_close(ours.out, true.out)
+    torch.testing.assert_close(ours.lse, true.lse)
+    assert not torch.allclose(attend_window(query, keys, values, scale, window + 1).out, true.out) or window >= S

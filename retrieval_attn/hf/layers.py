@@ -1,0 +1,30 @@
+"""Which layers of a model are ours: those that attend to all tokens before them."""
+
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def stock_layers(model_config: Any) -> list[Any]:
+    """The layers of the cache that transformers makes for a model."""
+    return list(DynamicCache(config=model_config).layers)
+
+
+def attends_to_all(layer: Any, model_config: Any) -> bool:
+    """Whether a layer of such a cache keeps all tokens: a full-attention one, or one whose window no text fills."""
+    # Exact types: subclasses are other kinds of layer.
+    return type(layer) is DynamicLayer or (
+        type(layer) is DynamicSlidingWindowLayer and is_wide(layer.sliding_window, model_config)
+    )
+
+
+def is_wide(window: int, model_config: Any) -> bool:
+    """Whether a window holds the longest text that the model was made for, as Phi-3's 262,144 of 131,072 do."""
+    most = max_positions(model_config)
+    return most is not None and window >= most
+
+
+def max_positions(model_config: Any) -> int | None:
+    """The tokens that a model was made for, by its config; None if it does not say."""
+    return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,0 +1,91 @@
+"""How long a text may be, by what a config says of its positions, and scaling them for longer ones."""
+
+import copy
+import logging
+from typing import Any
+
+from retrieval_attn.hf.layers import max_positions
+from retrieval_attn.hf.served import model_type
+
+log = logging.getLogger("retrieval_attn")
+
+# Kinds of scaling that a user may ask for, and the largest factor.
+SCALINGS = ("yarn", "linear", "dynamic")
+MOST = 64
+
+# Kinds whose factor lengthens the text for which a model was trained at first.
+_BY_FACTOR = ("yarn", "llama3", "linear", "dynamic", "ntk")
+
+
+def made_for(model_config: Any) -> int | None:
+    """The longest text that a config is for, in tokens: what it says, or the length before scaling times its factor.
+
+    The larger of the two, because many configs say the product already. A factor without a length (as "linear" has it)
+    says nothing: it may be in `max_position_embeddings` or not. None if the config does not say.
+    """
+    said = max_positions(model_config)
+    if said is None:
+        return None
+    scaled = [_scaled_length(rope) for rope in ropes_of(model_config.get_text_config(decoder=True))]
+    return max(said, *scaled)
+
+
+def _scaled_length(rope: dict[str, Any]) -> int:
+    if kind_of(rope) not in _BY_FACTOR:
+        return 0
+    return int((rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0))
+
+
+def warn_if_longer(model_config: Any, max_tokens: int | None) -> None:
+    """Say that a limit that the user has set is above what the model was made for."""
+    most = made_for(model_config)
+    if max_tokens is not None and most is not None and max_tokens > most:
+        log.warning(
+            "max_tokens=%d is more than the %d tokens that the model was made for; beyond them answers get worse, "
+            "unless its positions are scaled (--rope)",
+            max_tokens,
+            most,
+        )
+
+
+def scaled_positions(model_config: Any, said: str) -> Any:
+    """A copy of a model's config whose positions are scaled as `said`: "yarn:4", "linear:2" or "dynamic:2".
+
+    The factor is of the length that the config says. Raises ValueError for anything else, for a model without rotary
+    embeddings, and for one that scales its positions already.
+    """
+    kind, _, number = said.partition(":")
+    factor = float(number) if number.replace(".", "", 1).isdigit() else 0.0
+    if kind not in SCALINGS or not 1 < factor <= MOST:
+        allowed = ", ".join(f"{name}:FACTOR" for name in SCALINGS)
+        raise ValueError(f"rope must be {allowed}, 1 < FACTOR <= {MOST}, got {said!r}")
+    scaled = copy.deepcopy(model_config)
+    text = scaled.get_text_config(decoder=True)
+    where = "rope_parameters" if hasattr(text, "rope_parameters") else "rope_scaling"
+    present = getattr(text, where, None) or {}
+    turned = present or getattr(text, "rope_theta", None) is not None
+    length = max_positions(text)
+    if not turned or length is None:
+        raise ValueError(f"{model_type(model_config)!r} has no rotary embeddings to scale; leave rope out")
+    asked = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
+    nested = {name: rope for name, rope in present.items() if isinstance(rope, dict)}
+    # Layers with a window turn few positions; published models scale those of full attention only.
+    chosen = {"full_attention": nested["full_attention"]} if "full_attention" in nested else nested or {"": present}
+    for rope in chosen.values():
+        if kind_of(rope) != "default":
+            named = f"{model_type(model_config)!r} scales its positions already ({kind_of(rope)})"
+            raise ValueError(f"{named}; leave rope out")
+    changed = {name: {**rope, **asked} for name, rope in chosen.items()}
+    setattr(text, where, {**present, **(changed if nested else changed[""])})
+    return scaled
+
+
+def ropes_of(text: Any) -> list[dict[str, Any]]:
+    """The parameters of each kind of rotary embedding; some models have one for each kind of layer."""
+    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return [rope for rope in given.values() if isinstance(rope, dict)] or [given]
+
+
+def kind_of(rope: dict[str, Any]) -> str:
+    """The kind of scaling that such parameters name; "default" is none."""
+    return str(rope.get("rope_type") or rope.get("type") or "default")
