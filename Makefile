@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOKENS ?= 65536
-# Processes that run tests, a gigabyte and a half each: one more than cores, because tests wait for processes of their own.
+# Processes that run tests, a gigabyte and a half each. Three keep two cores busy: tests wait for processes of their own.
 JOBS ?= 3
 PYTEST := pytest -n $(JOBS) --dist worksteal
 # The package as it is imported, for mypy: three of its folders stand beside it.

@@ -129,6 +129,7 @@ def merge_chunks(part_ids: Array, part_scores: Array, sizes: Array, ids: Array, 
 
 @jit()
 def merge_heaps(part_ids: Array, part_scores: Array, sizes: Array, ids: Array, scores: Array) -> None:
+    """ids, scores (n,) = the n best of all chunks' heaps (chunks, m), best first. The heaps hold at least n."""
     n = 0
     for chunk in range(len(sizes)):
         for j in range(sizes[chunk]):

@@ -177,8 +177,10 @@ def _attend_group(
     _score(query[heads, t] * scale, keys.flat, key_at, values.flat, value_at, out.shape[2], weights)
     _cut(weights, limits[heads, t], raises)
     _softmax(weights, lse[heads, t])
-    out[heads, t] = np.float32(0)
-    _add_values(weights, values.flat, value_at, out[heads, t])
+    # Contiguous, whatever the strides of `out`: loops over it vectorise.
+    total = np.zeros((share, out.shape[2]), np.float32)
+    _add_values(weights, values.flat, value_at, total)
+    out[heads, t] = total
 
 
 @jit()

@@ -54,10 +54,11 @@ def attend_window(
 
     query: (B, H, T, D), of the last T of the S keys (B, G, S, D) and values (B, G, S, Dv). mask: bool (B, 1, T, S), in
     the place of causality and window, beyond which it may not reach; True = attend. Scores are written out for a block
-    of queries at a time, and for no more keys than it can see. For layers of which the `lse` is wanted, too.
+    of queries at a time, and for no more keys than it can see. window >= 1. For layers with learned sinks, which sdpa
+    leaves out: they are merged by the `lse`.
     """
     T, S = query.shape[2], keys.shape[2]
-    parts = []
+    parts = [AttentionState.empty((*query.shape[:2], 0, values.shape[3]), query.dtype, query.device)]
     for start in range(0, T, WINDOW_ROWS):
         stop = min(start + WINDOW_ROWS, T)
         first, last = max(0, S - T + start - window + 1), S - T + stop

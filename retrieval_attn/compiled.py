@@ -99,10 +99,21 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     return types.void(array, types.intp), codegen
 
 
+@intrinsic
+def _per_line(typingctx: Any, array: Any) -> Any:
+    """Elements that one request brings: a constant of the type, where `itemsize` would be read and divided by."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size = context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        return ir.Constant(ir.IntType(64), CACHE_LINE // size)
+
+    return types.intp(array), codegen
+
+
 @jit()
 def prefetch(flat: Array, first: int, n: int = 1) -> None:
     """Ask memory for what is read soon: flat[first : first + n], which may lie outside of the array. C-contiguous."""
-    for i in range(0, n, CACHE_LINE // flat.itemsize):
+    for i in range(0, n, _per_line(flat)):
         _prefetch(flat, first + i)
 
 

@@ -37,7 +37,7 @@ LEFT_OUT = "left to `make test-long`"
 settings.register_profile("short", max_examples=100, deadline=None, database=None, derandomize=True)
 settings.register_profile("long", max_examples=500, deadline=None, database=None, print_blob=True)
 
-# One: `make test` runs a process on every core. numba's loops keep their threads.
+# One: `make test` keeps every core busy with processes. numba's loops keep their threads.
 torch.set_num_threads(1)
 
 # A device context remembers torch's own allocators at its first use; let it see them before they are wrapped.

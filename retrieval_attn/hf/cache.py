@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,8 @@ from retrieval_attn.attention.pattern_files import load_patterns
 from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
-from retrieval_attn.hf.layers import attends_to_all, max_positions
+from retrieval_attn.hf.layers import attends_to_all, widest_text
+from retrieval_attn.hf.positions import made_for
 from retrieval_attn.hf.rope import rope_border
 from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.kernels import HeadPattern
@@ -60,9 +60,8 @@ class RetrievalCache(DynamicCache):
         patterns = prefill_patterns(model_config, config) if patterns is None else patterns
         super().__init__(config=model_config)
         # More than a model was made for costs nothing until it is used, and its context may have been stretched.
-        capacity = max(max_positions(model_config) or 0, DEFAULT_CAPACITY)
+        capacity = max(made_for(model_config) or 0, config.max_tokens or 0, DEFAULT_CAPACITY)
         ours = [attends_to_all(layer, model_config) for layer in self.layers]
-        windows = [getattr(layer, "sliding_window", None) for layer in itertools.compress(self.layers, ours)]
         given = patterns if patterns is not None else [()] * len(ours)
         self.layers: list[Any] = [
             RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
@@ -75,7 +74,7 @@ class RetrievalCache(DynamicCache):
         self.text_length = 0
         self._border = rope_border(model_config)
         # Of layers that are ours although they have one, because no text was to fill it.
-        self._window = min(filter(None, windows), default=None)
+        self._window = widest_text(model_config)
         self._own_threads()
 
     def _own_threads(self) -> None:
@@ -226,7 +225,7 @@ class RetrievalCache(DynamicCache):
     def _crop_to(self, keep: int) -> None:
         held = max(self._lengths())
         nothing_goes = keep >= held
-        if self._crosses(keep, held, keep):
+        if not nothing_goes and self._crosses(keep, held, keep):
             raise ValueError(
                 f"keys are turned otherwise in a text of at most {self._border} tokens than in the longer one that "
                 f"they are from, so the cache cannot go back to {keep}; start a new cache and prefill"
@@ -247,6 +246,8 @@ class RetrievalCache(DynamicCache):
             extra = layer.get_seq_length() - keep
             if extra > 0 or getattr(layer, "record_past", False):
                 layer.crop(-max(0, extra))
+        if keep == 0:
+            self.text_length = 0
 
     def reset_clocks(self) -> None:
         """Start the measurement of steps and of prefill anew."""

@@ -171,8 +171,8 @@ def _refuse_what_was_dropped(source: str, header: GgufHeader, text: Any) -> None
 
 def _scales(rope: Mapping[str, Any]) -> bool:
     """Whether parameters of RoPE, of all layers or by their kinds, scale positions."""
-    kinds = [rope.get("rope_type", "default"), *(one["rope_type"] for one in rope.values() if isinstance(one, Mapping))]
-    return any(kind != "default" for kind in kinds)
+    every = [rope, *(one for one in rope.values() if isinstance(one, Mapping))]
+    return any(one.get("rope_type", "default") != "default" for one in every)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

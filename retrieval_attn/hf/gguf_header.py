@@ -50,7 +50,7 @@ def read_header(path: Path) -> GgufHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _parse(_Cursor(data, at=4), path)
-            except (struct.error, KeyError, IndexError, OverflowError):
+            except (struct.error, KeyError, IndexError, OverflowError, RecursionError):
                 raise ValueError(f"{path} is cut or damaged: its header does not end; download it again") from None
             if header.n_bytes > len(data):
                 raise ValueError(
@@ -102,7 +102,9 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
         raise ValueError(f"{path} has version {version} of GGUF; versions {' and '.join(map(str, _VERSIONS))} are read")
     fields = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_fields)}
     ends = dict(_tensor(cursor, path) for _ in range(n_tensors))
-    alignment = int(fields.get("general.alignment", 32))
+    alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"{path} is damaged: its general.alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     return GgufHeader(fields, frozenset(ends), start + max(ends.values(), default=0))
 

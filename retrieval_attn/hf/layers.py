@@ -25,6 +25,13 @@ def is_wide(window: int, model_config: Any) -> bool:
     return most is not None and window >= most
 
 
+def widest_text(model_config: Any) -> int | None:
+    """The tokens that layers of ours attend to at most, where some have such a window; None where none has."""
+    ours = [layer for layer in stock_layers(model_config) if attends_to_all(layer, model_config)]
+    return min((layer.sliding_window for layer in ours if hasattr(layer, "sliding_window")), default=None)
+
+
 def max_positions(model_config: Any) -> int | None:
-    """The tokens that a model was made for, by its config; None if it does not say."""
+    """`max_position_embeddings`, in which a scaling of positions may be counted or not: see `positions.made_for`. None
+    if the config does not say."""
     return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)

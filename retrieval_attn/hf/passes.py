@@ -37,6 +37,8 @@ class Passes:
         held, n_new = self.cache.get_seq_length(), ids.shape[1]
         positions = torch.arange(held, held + n_new, device=ids.device).expand(ids.shape[0], -1)
         options = {"position_ids": positions} | options
+        if "attention_mask" in options and "attention_mask" not in self._taken[module]:
+            raise ValueError(f"{model_type(self._model.config)!r} takes no mask, so it answers prompts one by one only")
         taken = {name: value for name, value in options.items() if name in self._taken[module]}
         self.cache.text_length = length
         with self._turning.of_text(length):

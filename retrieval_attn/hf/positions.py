@@ -20,8 +20,9 @@ _BY_FACTOR = ("yarn", "llama3", "linear", "dynamic", "ntk")
 def made_for(model_config: Any) -> int | None:
     """The longest text that a config is for, in tokens: what it says, or the length before scaling times its factor.
 
-    The larger of the two, because many configs say the product already. A factor without a length (as "linear" has it)
-    says nothing: it may be in `max_position_embeddings` or not. None if the config does not say.
+    The larger of the two, because many configs say the product already. For "yarn" and "llama3" without that length,
+    transformers 5 takes `max_position_embeddings`, and so does this. "linear" without it says nothing: its factor may
+    be in `max_position_embeddings` or not. None if the config does not say.
     """
     said = max_positions(model_config)
     if said is None:

@@ -1,6 +1,7 @@
 """Reads a model's weights, in the numbers that were asked for, and refuses a checkpoint that lacks any."""
 
 import importlib.util
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def load_weights(
                 # Reported then, instead of raised in many lines.
                 ignore_mismatched_sizes=True, **named, **options,
             )  # fmt: skip
-    except (OSError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, LookupError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ValueError(f"the model at {checkpoint.source!r} cannot be loaded: {first_line(error)}") from error
     _refuse_incomplete(checkpoint.source, report)
     model.config.name_or_path = checkpoint.source

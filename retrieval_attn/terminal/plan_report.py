@@ -41,7 +41,8 @@ _TINY = LlamaConfig(
 class Estimate:
     """The plan for one length of context. Bytes; `fits` is what `verdict` says in words.
 
-    max_tokens: the longest context that the model was made for. device_free: None where there is nothing to compare.
+    max_tokens: the longest context that the model, or a limit of the user, allows. device_free: None where there
+    is nothing to compare.
     """
 
     n_tokens: int
@@ -79,7 +80,7 @@ class Estimate:
         if self.device_free is not None and self.device > self.device_free:
             said += "; use --weights int8 or int4, or a smaller --device-kv-budget"
         if self.n_tokens > self.max_tokens:
-            said += f"; longer than the {self.max_tokens} tokens that the model was made for"
+            said += f"; longer than the {self.max_tokens} tokens that the model, or a limit, allows"
         if self.max_tokens >= UNBOUNDED:
             said += "; its config does not say how long a text the model was made for"
         return said

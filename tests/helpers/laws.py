@@ -14,7 +14,7 @@ def examples(n: int) -> settings:
 
 def times(n: int) -> int:
     """How often to try what only chance can find: a third of `n`, at least 4; all of it in `make test-long`."""
-    return n if settings().max_examples > 100 else max(4, n // 3)
+    return n if settings().max_examples > 100 else min(n, max(4, n // 3))
 
 
 def rarely(*cases: Any) -> list[Any]:
@@ -28,8 +28,8 @@ def some_of(*axes: Any, few: int | None = None) -> list[Any]:
     few: so many; None: as many as the longest axis has values, which have every value of every axis.
     """
     n = max(len(axis) for axis in axes) if few is None else few
-    # Shifted by one after each round, so that two axes of one length meet in more than equal places.
-    chosen = {tuple((i + i // len(axis)) % len(axis) for axis in axes) for i in range(n)}
+    # Shifted after each round, and each axis by its own step, so that they meet in more than equal places.
+    chosen = {tuple((i + step * (i // len(axis))) % len(axis) for step, axis in enumerate(axes)) for i in range(n)}
     places = itertools.product(*(range(len(axis)) for axis in axes))
     cases = zip(places, itertools.product(*axes), strict=True)
     return [pytest.param(*case, marks=() if place in chosen else pytest.mark.long) for place, case in cases]

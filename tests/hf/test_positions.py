@@ -8,6 +8,7 @@ from tiny_models import COMMON, prompt_ids, save_tiny_chat_model, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import retrieval_attn as ra
+from retrieval_attn.generate import longest_context
 from retrieval_attn.hf.positions import made_for, scaled_positions
 
 SHORT = COMMON["max_position_embeddings"]
@@ -96,6 +97,12 @@ def test_more_tokens_than_the_model_was_made_for_are_allowed_with_a_warning(fold
     with caplog.at_level(logging.WARNING, "retrieval_attn"):
         assert ra.load(folder, ra.RetrievalConfig(max_tokens=100), dtype="float32").max_tokens == 100
     assert "made for" not in caplog.text
+
+
+def test_a_window_that_counts_as_none_is_the_longest_text():
+    config = tiny_config("phi3")
+    limited = ra.RetrievalConfig(max_tokens=10 * config.sliding_window)
+    assert longest_context(config, limited, torch.float32) == config.sliding_window > SHORT
 
 
 @pytest.mark.parametrize("said", ["yarn", "yarn:1", "yarn:x", "ntk:2", "linear:100", ""])

@@ -1,6 +1,7 @@
 """A checkpoint without all of its weights is refused: transformers would draw the missing ones at random."""
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_chat_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,3 +51,15 @@ def test_other_weights_than_the_models_do_no_harm(folder):
     """As the layers that some checkpoints hold for drafting tokens."""
     change(folder, lambda tensors: tensors.update(draft=next(iter(tensors.values())).clone()))
     assert ra.load(folder).generate("a", max_new_tokens=1).token_ids
+
+
+def test_a_damaged_pickle_is_refused_in_one_line(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    for content in (whole[: len(whole) // 2], b"not a pickle at all"):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be loaded") as refused:
+            ra.load(folder)
+        assert "\n" not in str(refused.value)
