@@ -56,7 +56,7 @@ def _other_code(model_config: Any, text: Any) -> Iterator[str]:
     if made is None:
         return
     if not made._can_set_attn_implementation():
-        yield "does not call transformers' attention interface, through which keys are retrieved"
+        yield _NO_INTERFACE
 
 
 def _no_layer_of_ours(model_config: Any, text: Any) -> Iterator[str]:
@@ -105,6 +105,8 @@ _ENCODERS |= {"rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roforme
 
 _ENCODERS |= {"xmod"}
 
+_NO_INTERFACE = "does not call transformers' attention interface, through which keys are retrieved"
+
 # What no general rule finds: how their code treats keys.
 _NAMED = {
     "diffllama": "attends twice to one layer's keys with other values, which is not supported",
@@ -113,10 +115,12 @@ _NAMED = {
     "gemma4_unified": "asks for a mask of its own on top of the causal one (its text model alone, "
     "'gemma4_unified_text', is served)",
     "gemma4_unified_assistant": "drafts from the keys of another model, whose cache it needs",
-    "git": "does not call transformers' attention interface, through which keys are retrieved",
+    "git": _NO_INTERFACE,
     "jetmoe": "repeats its keys for every attention expert, outside the cache, which is not supported",
     "mllama": "attends to images in layers of their own, which is not supported",
     "minimax": "brings a cache of its own, so no other can keep its keys",
+    # transformers 4.57 does not say so of its class.
+    "openai-gpt": _NO_INTERFACE,
 }
 
 _ALIBI = {"bloom", "mpt"}
