@@ -212,6 +212,7 @@ class TestInterruptions:
             asked(session)
         assert asked(session) == expected
 
+    @pytest.mark.long
     def test_by_signals_at_any_moment(self, folder):
         run_child(child_interrupted, folder)
 
@@ -305,6 +306,7 @@ class TestThreads:
         assert ended(our_threads() - before)
         assert gone
 
+    @pytest.mark.long
     def test_builds_do_not_keep_the_interpreter(self, folder):
         with start_child(child_that_builds, folder) as child:
             try:

@@ -222,7 +222,7 @@ def test_a_kv_dir_that_is_no_folder_is_named(folders, tmp_path):
 @pytest.mark.parametrize(
     "where", ["kv.window.Window.crop", "kv.device_prefix.DevicePrefix.crop", "far.query_sample.QuerySample.crop"]
 )
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [2, *rarely(1, 3)])
 def test_a_crop_interrupted_then_a_longer_conversation(folders, monkeypatch, where, at):
     """Layers that had gone back and those that had not said the same length, and the next turn lost tokens."""
     llm = ra.load(folders("llama"), small(), dtype="float32")

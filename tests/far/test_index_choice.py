@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from index_vectors import as_bfloat16
+from laws import rarely
 
 from retrieval_attn.config import INDEX_KINDS, RetrievalConfig
 from retrieval_attn.far.index_choice import GRAPH_AFTER_STEPS, GRAPH_FROM, bytes_per_key, choose_index
@@ -53,7 +54,7 @@ def test_auto_fits_into_memory(free):
         assert "memory is short" in choice.reason
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [128, *rarely(64)])
 @pytest.mark.parametrize("kind", ["graph", "scan", "page"])
 def test_the_bytes_foretold_are_about_those_taken(kind, dim):
     rng = np.random.default_rng(0)

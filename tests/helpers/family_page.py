@@ -21,7 +21,7 @@ through `retrieval_attn.load`; the error is the largest difference of a logit ov
 model is refused by its name, with this reason, before its weights are read. There is nothing else: {equal} types are
 equal, {refused} are refused.
 
-Made by `tests/helpers/family_page.py`; `make test` tries a dozen of the types anew, `make test-long` all of them.
+Made by `tests/helpers/family_page.py`; `make test` tries a few of the types anew, `make test-long` all of them.
 
 | type | result | reason, or error of the logits |
 | --- | --- | --- |

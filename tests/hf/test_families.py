@@ -14,11 +14,10 @@ import pytest
 import transformers
 from family_page import PAGE, RECORDED, page
 
-# One of each kind: plain, with biases, mixture, windows beside full attention, recurrent with positions to be said,
-# learned sinks.
-EQUAL = ["llama", "gpt2", "qwen3_moe", "gemma3_text", "bamba", "gpt_oss"]
+# One of each kind: with biases, windows beside full attention, recurrent with positions to be said, learned sinks.
+EQUAL = ["gpt2", "gemma3_text", "bamba", "gpt_oss"]
 
-REFUSED = ["bloom", "falcon_h1", "gemma2", "deepseek_v3", "deepseek_v4", "openai-gpt"]
+REFUSED = ["falcon_h1", "gemma2", "deepseek_v3"]
 
 # Without the keys that are far, logits of a family differ by more than this; those of an equal one by less than a tenth
 # of TOLERANCE in family_sweep.py.
@@ -49,7 +48,7 @@ def recorded():
 
 
 @AS_RECORDED
-def test_a_dozen_families_fare_as_recorded(recorded):
+def test_a_few_families_fare_as_recorded(recorded):
     found = sweep(*EQUAL, *REFUSED)
     assert verdicts(found) == verdicts({name: recorded[name] for name in found})
     assert {name: row["result"] for name, row in found.items()} == {

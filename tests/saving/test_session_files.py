@@ -549,6 +549,7 @@ def may_mount(disk):
     return None
 
 
+@pytest.mark.long
 def test_a_real_disk_full_and_read_only(folder, saved, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

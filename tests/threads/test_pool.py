@@ -28,6 +28,7 @@ print(torch.get_num_threads())
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.cpu_count() == 1, reason="with one core there is one number only")
 def test_load_and_a_first_request_leave_what_the_environment_says():
     assert n_torch_threads(REQUEST, OMP_NUM_THREADS="1") == 1

@@ -84,6 +84,7 @@ def test_no_library_spins_once_load_is_asked_for():
     assert set(found) == {0}
 
 
+@pytest.mark.long
 def test_a_library_that_was_loaded_before_goes_on():
     """What cannot be had: there is no call that changes how threads wait."""
     before, *after = spins(f"import torch; import retrieval_attn as ra; ra.load; {POOL}; import faiss")

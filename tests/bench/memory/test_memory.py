@@ -18,6 +18,7 @@ def row():
     )
 
 
+@pytest.mark.long
 def test_every_phase_is_measured_near_its_plan(row):
     assert row["status"] == "ok", row["reason"]
     assert set(row["planned"]) == set(row["measured"]) == set(memory_format.PHASES)
