@@ -17,7 +17,7 @@ from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.prefill_policy import EXACT_TAIL, PrefillCounts
 from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.hf.cache import RetrievalCache
-from retrieval_attn.hf.layers import widest_text
+from retrieval_attn.hf.layers import stock_layers, widest_text
 from retrieval_attn.hf.passes import Passes
 from retrieval_attn.hf.positions import made_for
 from retrieval_attn.plan.terms import ModelShape, stored_kv
@@ -323,7 +323,8 @@ def longest_context(model_config: Any, config: RetrievalConfig, dtype: torch.dty
 
     dtype: of the model's numbers, by which its keys and values are counted. n_sequences: that share one cache.
     """
-    most = min(config.max_tokens or made_for(model_config) or UNBOUNDED, widest_text(model_config) or UNBOUNDED)
+    window = widest_text(stock_layers(model_config), model_config)
+    most = min(config.max_tokens or made_for(model_config) or UNBOUNDED, window or UNBOUNDED)
     if config.max_host_bytes is None:
         return most
     return min(most, config.max_host_bytes // (n_sequences * stored_kv(ModelShape.of(model_config, dtype), 1, config)))

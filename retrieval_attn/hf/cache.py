@@ -62,6 +62,8 @@ class RetrievalCache(DynamicCache):
         # More than a model was made for costs nothing until it is used, and its context may have been stretched.
         capacity = max(made_for(model_config) or 0, config.max_tokens or 0, DEFAULT_CAPACITY)
         ours = [attends_to_all(layer, model_config) for layer in self.layers]
+        # Of layers that are ours although they have one, because no text was to fill it.
+        self._window = widest_text(self.layers, model_config)
         given = patterns if patterns is not None else [()] * len(ours)
         self.layers: list[Any] = [
             RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
@@ -73,8 +75,6 @@ class RetrievalCache(DynamicCache):
         # Of the text that the tokens are a part of, if who feeds them says so.
         self.text_length = 0
         self._border = rope_border(model_config)
-        # Of layers that are ours although they have one, because no text was to fill it.
-        self._window = widest_text(model_config)
         self._own_threads()
 
     def _own_threads(self) -> None:

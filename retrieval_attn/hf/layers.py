@@ -25,10 +25,10 @@ def is_wide(window: int, model_config: Any) -> bool:
     return most is not None and window >= most
 
 
-def widest_text(model_config: Any) -> int | None:
-    """The tokens that layers of ours attend to at most, where some have such a window; None where none has."""
-    ours = [layer for layer in stock_layers(model_config) if attends_to_all(layer, model_config)]
-    return min((layer.sliding_window for layer in ours if hasattr(layer, "sliding_window")), default=None)
+def widest_text(layers: list[Any], model_config: Any) -> int | None:
+    """The tokens that those of the layers that are ours attend to at most, where some have a window; else None."""
+    windows = (getattr(layer, "sliding_window", None) for layer in layers if attends_to_all(layer, model_config))
+    return min(filter(None, windows), default=None)
 
 
 def max_positions(model_config: Any) -> int | None:

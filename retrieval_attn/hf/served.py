@@ -1,5 +1,6 @@
 """Refuses models whose attention cannot be served, with the reason, from their configuration: no weights are read."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,8 +56,14 @@ def _other_code(model_config: Any, text: Any) -> Iterator[str]:
     made = _class_of(text)
     if made is None:
         return
-    if not made._can_set_attn_implementation():
+    if not _calls_interface(made):
         yield _NO_INTERFACE
+
+
+@functools.cache
+def _calls_interface(made: Any) -> bool:
+    """What transformers finds out by reading the source of a class; every cache asks."""
+    return bool(made._can_set_attn_implementation())
 
 
 def _no_layer_of_ours(model_config: Any, text: Any) -> Iterator[str]:

@@ -61,13 +61,8 @@ def weight_options(
 
     Raises ValueError for other words and for what contradicts itself, ImportError for a missing extra.
     """
-    name = str(dtype).removeprefix("torch.")
     check_weights(checkpoint, weights)
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
-    if weights == "bf16" and name not in ("auto", "bfloat16"):
-        raise ValueError(f"weights='bf16' and dtype={name!r} contradict each other; give one of them")
-    name = "bfloat16" if weights == "bf16" else name
+    name = asked_dtype(weights, dtype)
     if checkpoint.header is not None:
         return _gguf_options(weights, name, device)
     if weights in ("auto", "bf16"):
@@ -81,6 +76,16 @@ def check_weights(checkpoint: Checkpoint, weights: str) -> None:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
     if checkpoint.header is not None and weights not in ("auto", "bf16"):
         raise ValueError(f"a GGUF file has its own numbers; weights must be 'auto' or 'bf16' for it, got {weights!r}")
+
+
+def asked_dtype(weights: str, dtype: str | torch.dtype) -> str:
+    """The name of the dtype that both together ask for, or "auto". Raises ValueError if they contradict each other."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
+    if weights == "bf16" and name not in ("auto", "bfloat16"):
+        raise ValueError(f"weights='bf16' and dtype={name!r} contradict each other; give one of them")
+    return "bfloat16" if weights == "bf16" else name
 
 
 def gguf_dtype(device: str) -> torch.dtype:

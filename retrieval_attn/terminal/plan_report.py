@@ -11,12 +11,12 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from retrieval_attn.config import DTYPES, RetrievalConfig, Sampling
+from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.generate import UNBOUNDED, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
 from retrieval_attn.hf.checkpoint import find_checkpoint, read_config
-from retrieval_attn.hf.weights import check_weights, gguf_dtype
+from retrieval_attn.hf.weights import asked_dtype, check_weights, gguf_dtype
 from retrieval_attn.kv.address_space import OUT_OF_MEMORY
 from retrieval_attn.llm import EMBEDDED
 from retrieval_attn.plan.plan import GIB, Base, Phase, Target, plan_phases
@@ -161,14 +161,9 @@ def _stored_dtype(model_config: Any) -> torch.dtype | None:
 
 
 def _wanted_dtype(dtype: str, weights: str, stored: torch.dtype | None) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
-    if weights == "bf16":
-        if dtype not in ("auto", "bfloat16"):
-            raise ValueError(f"weights='bf16' and dtype={dtype!r} contradict each other; give one of them")
-        return torch.bfloat16
-    if dtype != "auto":
-        return getattr(torch, dtype)
+    name = asked_dtype(weights, dtype)
+    if name != "auto":
+        return getattr(torch, name)
     if stored is None:
         raise ValueError("dtype must be given, as 'bfloat16': the model's config does not name one")
     return stored

@@ -36,7 +36,9 @@ def phi3(attention: str, border: int = BORDER):
         "short_factor": [1.0] * 8,
         "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0],
     }
-    return tiny(Phi3ForCausalLM, Phi3Config, rope, attention, original_max_position_embeddings=border)
+    # The published window, too: wider than any text.
+    sizes = {"original_max_position_embeddings": border, "sliding_window": 262_144}
+    return tiny(Phi3ForCausalLM, Phi3Config, rope, attention, **sizes)
 
 
 def dynamic(attention: str):
