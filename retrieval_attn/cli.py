@@ -15,6 +15,7 @@ from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.terminal.chat import Chat
 from retrieval_attn.terminal.files import is_a_person, read_text, session_folder
 from retrieval_attn.terminal.opening import (
+    hide_bars,
     load_model,
     open_session,
     quiet_transformers,
@@ -41,6 +42,9 @@ class _Benchmarks(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
             return None
+        # lm-evaluation-harness says with bars of its own how far it is.
+        if cmd_name != "harness":
+            hide_bars()
         module = importlib.import_module(f"retrieval_attn.bench.{cmd_name.replace('-', '_')}.command")
         holder = typer.Typer(add_completion=False)
         holder.command(cmd_name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(module.command)

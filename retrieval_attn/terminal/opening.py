@@ -44,8 +44,8 @@ def load_model(notes: Console, asked: ModelOptions, config: RetrievalConfig) -> 
     if asked.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {asked.dtype!r}")
     if Path(asked.model or "").expanduser().exists():
-        # Nothing is downloaded, and a bar of transformers' reader of GGUF files obeys nothing else.
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        # Nothing is downloaded.
+        hide_bars()
     with waiting(notes, f"loading {asked.model or 'the embedded model'}"):
         quiet_transformers()
         from retrieval_attn.llm import load
@@ -69,6 +69,11 @@ def open_session(llm: "LLM", folder: Path | None, system: str | None, notes: Con
 def waiting(console: Console, what: str) -> AbstractContextManager[Any]:
     """A spinner, where someone sees it."""
     return console.status(what) if console.is_terminal else nullcontext()
+
+
+def hide_bars() -> None:
+    """No bars of tqdm, if it is not imported yet; the one of transformers' reader of GGUF files obeys nothing else."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def quiet_transformers() -> None:
