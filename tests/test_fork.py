@@ -36,8 +36,8 @@ def folders(tmp_path_factory):
 
 
 # Sliding-window layers beside ours do not know which index ours have.
-FORKED = [("llama", "graph"), ("llama", "scan"), ("gemma3", "exact")]
-FORKED += rarely(("llama", "exact"), ("llama", "ivf"), ("llama", "page"), ("gemma3", "graph"))
+FORKED = [("llama", "graph"), ("gemma3", "exact")]
+FORKED += rarely(*(("llama", index) for index in ("exact", "ivf", "scan", "page")), ("gemma3", "graph"))
 
 
 @pytest.mark.parametrize(("kind", "index"), FORKED)
@@ -46,7 +46,7 @@ def test_forks_answer_as_sessions_of_their_own(folders, kind, index):
     llm = ra.load(folders(kind), small(index, top_k=8), dtype="float32")
     origin = llm.session()
     origin.read(TEXT)
-    questions = ["How many?", "Who counts?", "What is counted, and where does it go?"]
+    questions = ["How many?", "What is counted, and where does it go?"]
     alone = []
     for question in questions:
         session = llm.session()
@@ -83,11 +83,11 @@ def test_forks_in_threads_give_the_same_tokens_as_alone(folders):
     session = llm.session()
     session.read(TEXT)
     questions = ["How many?", "Who counts?"] * 2
-    alone = [session.fork().ask(question, max_new_tokens=60).token_ids for question in questions]
+    alone = [session.fork().ask(question, max_new_tokens=30).token_ids for question in questions]
     forks, answers = [session.fork() for _ in questions], [None] * len(questions)
 
     def ask(i):
-        answers[i] = forks[i].ask(questions[i], max_new_tokens=60).token_ids
+        answers[i] = forks[i].ask(questions[i], max_new_tokens=30).token_ids
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(questions))]
     for thread in threads:

@@ -106,7 +106,7 @@ def test_a_fork_finds_the_same(kind, lift, scene):
 
 
 @every_kind
-@pytest.mark.parametrize(("in_place", "child_first"), some_of([True, False], [False, True]))
+@pytest.mark.parametrize(("in_place", "child_first"), some_of([True, False], [False, True], few=1))
 def test_each_side_goes_on_as_if_alone(kind, in_place, child_first, scene, other):
     """Both append different keys under the same ids, into what was room behind the shared ones."""
     sides = forked(kind, scene, other, in_place)
@@ -120,7 +120,7 @@ def test_each_side_goes_on_as_if_alone(kind, in_place, child_first, scene, other
 
 
 @every_kind
-@pytest.mark.parametrize(("n_kept", "who"), some_of([SHARED, FIRST - 7, SHARED - 5, 1700], [0, 1]))
+@pytest.mark.parametrize(("n_kept", "who"), some_of([SHARED, FIRST - 7, SHARED - 5, 1700], [0, 1], few=2))
 def test_going_back_on_one_side_leaves_the_other(kind, n_kept, who, scene, other):
     sides = forked(kind, scene, other, in_place=False)
     sides[0].append(140)

@@ -92,9 +92,8 @@ def test_any_text_comes_back(llm, tmp_path):
 @pytest.mark.parametrize(
     ("index", "kv_dtype", "on_disk"),
     [
-        ("graph", "auto", False),
         ("scan", "int8", True),
-        *rarely(("graph", "int8", True), ("scan", "int8", False), ("page", "auto", True)),
+        *rarely(("graph", "auto", False), ("graph", "int8", True), ("scan", "int8", False), ("page", "auto", True)),
     ],
 )
 def test_restored_is_the_same_to_the_bit(folder, tmp_path, kv_dtype, on_disk, index):
