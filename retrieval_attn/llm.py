@@ -13,6 +13,7 @@ from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.generate import Completion, OnProgress, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
+from retrieval_attn.hf.chat_template import render_messages
 from retrieval_attn.hf.checkpoint import find_checkpoint, load_tokenizer, read_config
 from retrieval_attn.hf.positions import warn_if_longer
 from retrieval_attn.hf.rope import same_turning
@@ -31,7 +32,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 
 class LLM:
-    """A causal language model whose full-attention layers retrieve. Made by `load`.
+    """A causal language model whose full-attention layers retrieve. Made by `load`. Text in, text out.
 
     weights: how those of a GGUF file are held, "GGUF, packed" or "GGUF, unpacked"; empty for any other model.
     One request at a time per session; sessions in several threads are independent.
@@ -102,9 +103,7 @@ class LLM:
             raise ValueError(
                 "the model's tokenizer has no chat template; give the prompt as a text instead of messages"
             )
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        return render_messages(self.tokenizer, messages, add_generation_prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -192,7 +191,7 @@ def load(
     weights: str = "auto",
     rope: str | None = None,
 ) -> LLM:
-    """Load a causal language model for retrieval.
+    """Load a causal language model for retrieval, or the text side of one that sees images, too.
 
     model: None for the small model that ships with the package; else a local folder, a GGUF file or a folder that
     holds one, or a hub id. A GGUF file's own tokenizer and chat template are used, and nothing that lies beside it.
@@ -207,7 +206,7 @@ def load(
     loops. Those of torch, faiss and numba do only if they started later than `retrieval_attn.load` was imported; else
     a warning says so. `from retrieval_attn import load` and `import *` set it too, and child processes inherit it.
 
-    Raises FileNotFoundError for a missing path, ValueError for a model that is not a causal LM or whose attention
+    Raises FileNotFoundError for a missing path, ValueError for a model that is no causal LM or whose attention
     cannot be served (named), whose weights are not all there (the first is named), or for a file of prefill patterns
     that is not for it, ImportError with the install command for a missing extra. Model code from a hub is never
     executed.

@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from retrieval_attn.hf.chat_template import stored_template
 from retrieval_attn.hf.gguf_header import MAGIC, GgufHeader, read_header
 from retrieval_attn.hf.positions import scaled_positions
 from retrieval_attn.hf.served import refuse_unserved
@@ -184,7 +185,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     kind = AutoTokenizer if checkpoint.header is None else PreTrainedTokenizerFast
     try:
         with checkpoint.arguments() as (source, options):
-            return kind.from_pretrained(source, **options)
+            tokenizer = kind.from_pretrained(source, **options)
+            if checkpoint.header is None and not tokenizer.chat_template:
+                tokenizer.chat_template = stored_template(source)
+            return tokenizer
     except (OSError, ValueError, LookupError) as error:
         reason = first_line(error).rstrip(":")
         raise ValueError(f"the tokenizer at {checkpoint.source!r} cannot be loaded: {reason}") from error

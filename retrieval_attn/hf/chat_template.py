@@ -1,0 +1,49 @@
+"""Chat templates of models that see images: where they keep them, and the form in which they read what is said.
+
+Many read a message only as a list of parts; of a plain text they would take nothing, without a word.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils import cached_file
+
+Messages = list[dict[str, Any]]
+
+# Who says what, to see whether a template passes it on.
+_PROBE: Messages = [
+    {"role": "user", "content": "QQQaskedQQQ"},
+    {"role": "assistant", "content": "QQQansweredQQQ"},
+    {"role": "user", "content": "QQQaskedagainQQQ"},
+]
+
+
+def stored_template(source: str) -> str | None:
+    """The template of a folder or hub id that has one beside its tokenizer, as processors keep it; else None."""
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    found = cached_file(source, "chat_template.json", **quietly)
+    return None if found is None else str(json.loads(Path(found).read_text())["chat_template"])
+
+
+def render_messages(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
+    """Chat messages as text, through the tokenizer's template, as plain texts if it reads those."""
+    if not _passes_on(tokenizer, _PROBE) and _passes_on(tokenizer, _in_parts(_PROBE)):
+        messages = _in_parts(messages)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def _passes_on(tokenizer: Any, messages: Messages) -> bool:
+    """Whether the template's text holds all that the messages say."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError):
+        return False
+    return all(message["content"] in text for message in _PROBE)
+
+
+def _in_parts(messages: Messages) -> Messages:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
