@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+from retrieval_attn.hf.auto_class import auto_class
 from retrieval_attn.hf.chat_template import stored_template
 from retrieval_attn.hf.gguf_header import MAGIC, GgufHeader, read_header
 from retrieval_attn.hf.positions import scaled_positions
@@ -148,8 +149,8 @@ def read_config(checkpoint: Checkpoint, rope: str | None = None) -> Any:
     except (OSError, ValueError, LookupError) as error:
         raise ValueError(f"the model at {checkpoint.source!r} cannot be loaded: {first_line(error)}") from error
     refuse_unserved(found)
-    if type(found) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"{checkpoint.source!r} is not a causal language model (its type is {found.model_type!r})")
+    if auto_class(found) is None:
+        raise ValueError(f"{found.model_type!r} is not a causal language model, nor one that sees images, too")
     if checkpoint.header is not None:
         _refuse_what_was_dropped(checkpoint.source, checkpoint.header, found.get_text_config(decoder=True))
     return found if rope is None else scaled_positions(found, rope)

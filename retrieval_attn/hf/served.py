@@ -1,11 +1,11 @@
 """Refuses models whose attention cannot be served, with the reason, from their configuration: no weights are read."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
+from retrieval_attn.hf.auto_class import model_class
 from retrieval_attn.hf.layers import attends_to_all, stock_layers
 from retrieval_attn.hf.versions import KEEPS_RECURRENT_STATE
 
@@ -29,7 +29,9 @@ def _not_causal(model_config: Any, text: Any) -> Iterator[str]:
     if any(hasattr(text, name) for name in _OF_A_DECODER_HALF):
         yield "is one half of an encoder-decoder; only decoder-only causal language models are served"
     if getattr(text, "model_type", "") in _ENCODERS and not getattr(text, "is_decoder", False):
-        yield "attends in both directions; only causal language models are served"
+        yield _BOTH_WAYS
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        yield _BOTH_WAYS
 
 
 def _named(model_config: Any, text: Any) -> Iterator[str]:
@@ -53,11 +55,19 @@ def _other_scores(model_config: Any, text: Any) -> Iterator[str]:
 
 def _other_code(model_config: Any, text: Any) -> Iterator[str]:
     """By the model's class, where transformers names one; its modelling code is imported, nothing is made."""
-    made = _class_of(text)
-    if made is None:
-        return
-    if not _calls_interface(made):
+    made = model_class(text) or model_class(model_config)
+    if made is not None and not _calls_interface(made):
         yield _NO_INTERFACE
+    whole = model_class(model_config)
+    if whole is not None and (asked := _asks_beside_text(whole)):
+        yield f"takes no text alone: it asks for {' and '.join(asked)}, too"
+
+
+def _asks_beside_text(made: Any) -> list[str]:
+    """What a pass needs besides the text, as an image."""
+    taken = inspect.signature(made.forward).parameters.values()
+    named = (one for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty)
+    return [one.name for one in named if one.name not in ("self", "input_ids")]
 
 
 @functools.cache
@@ -86,12 +96,6 @@ def _stated(text: Any, name: str) -> bool:
     return any(getattr(layer, name, None) is not None for layer in layers)
 
 
-def _class_of(text: Any) -> Any:
-    """The class of causal models with this configuration, if there is one."""
-    found = AutoModelForCausalLM._model_mapping.get(type(text), None)
-    return found[0] if isinstance(found, tuple) else found
-
-
 _CHECKS: tuple[Callable[[Any, Any], Iterator[str]], ...] = (
     _not_causal,
     _named,
@@ -112,22 +116,31 @@ _ENCODERS |= {"rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roforme
 
 _ENCODERS |= {"xmod"}
 
+_BOTH_WAYS = "attends in both directions; only causal language models are served"
+
 _NO_INTERFACE = "does not call transformers' attention interface, through which keys are retrieved"
 
 # What no general rule finds: how their code treats keys.
 _NAMED = {
+    "deepseek_ocr2": "sees through SAM, which takes no attention function",
+    "deepseek_vl_hybrid": "sees through SAM, which takes no attention function",
     "diffllama": "attends twice to one layer's keys with other values, which is not supported",
+    "diffusion_gemma": "writes a block of tokens at once, by diffusion",
     "doge": "masks keys by a rule that it has learned, so inner products do not say which count",
     "gemma4_assistant": "drafts from the keys of another model, whose cache it needs",
     "gemma4_unified": "asks for a mask of its own on top of the causal one (its text model alone, "
     "'gemma4_unified_text', is served)",
     "gemma4_unified_assistant": "drafts from the keys of another model, whose cache it needs",
     "git": _NO_INTERFACE,
+    "idefics": "takes no text alone: it asks for pixel_values, too",
     "jetmoe": "repeats its keys for every attention expert, outside the cache, which is not supported",
+    "kosmos-2": "takes no text alone: it asks for pixel_values, too",
+    "kosmos-2.5": "counts positions by a rule of its own, and cannot be told them",
     "mllama": "attends to images in layers of their own, which is not supported",
     "minimax": "brings a cache of its own, so no other can keep its keys",
     # transformers 4.57 does not say so of its class.
     "openai-gpt": _NO_INTERFACE,
+    "shieldgemma2": "judges images, and writes no text",
 }
 
 _ALIBI = {"bloom", "mpt"}

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from retrieval_attn.config import DTYPES, WEIGHTS
+from retrieval_attn.hf.auto_class import auto_class
 from retrieval_attn.hf.checkpoint import Checkpoint, first_line
 from retrieval_attn.hf.versions import misshapen_weights
 
@@ -23,7 +23,7 @@ def load_weights(
     """
     try:
         with checkpoint.arguments() as (source, named):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(model_config).from_pretrained(
                 source, config=model_config, attn_implementation=attention, output_loading_info=True,
                 # Reported then, instead of raised in many lines.
                 ignore_mismatched_sizes=True, **named, **options,

@@ -98,8 +98,10 @@ def _of_layer(text: Any, i: int) -> Any:
 def _mlp_width(text: Any) -> int:
     """Numbers per token inside a feed-forward layer; of a mixture, in the experts that a token goes to."""
     dense = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    experts = (getattr(text, "moe_intermediate_size", None) or 0) * (getattr(text, "num_experts_per_tok", None) or 0)
-    return max(dense, experts)
+    each = getattr(text, "moe_intermediate_size", None) or 0
+    # Some have experts of their own for images, of another width; which comes first is the width of those for text.
+    expert = each[0] if isinstance(each, list | tuple) else each
+    return max(dense, expert * (getattr(text, "num_experts_per_tok", None) or 0))
 
 
 def stored_kv(shape: ModelShape, n_tokens: int, config: RetrievalConfig) -> int:

@@ -48,7 +48,14 @@ class ModelOptions:
     """Which model is loaded, where to, and with which numbers; see `load`."""
 
     model: Annotated[
-        str | None, option("A folder, GGUF file or hub id.", "--model", "-m", panel=MODEL, default="the embedded model")
+        str | None,
+        option(
+            "A folder, GGUF file or hub id of a language model; one that sees images serves text.",
+            "--model",
+            "-m",
+            panel=MODEL,
+            default="the embedded model",
+        ),
     ] = None
     device: Annotated[str, option("auto, cpu, cuda, cuda:1 ...", "--device", panel=MODEL)] = "auto"
     dtype: Annotated[str, option(f"{', '.join(DTYPES)}.", "--dtype", panel=MODEL)] = "auto"

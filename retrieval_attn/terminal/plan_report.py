@@ -9,11 +9,12 @@ import psutil
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from retrieval_attn.config import RetrievalConfig, Sampling
 from retrieval_attn.generate import UNBOUNDED, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
+from retrieval_attn.hf.auto_class import auto_class
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
 from retrieval_attn.hf.checkpoint import find_checkpoint, read_config
 from retrieval_attn.hf.weights import asked_dtype, check_weights, gguf_dtype
@@ -175,7 +176,7 @@ def weight_bytes(model_config: Any, dtype: torch.dtype, weights: str = "auto") -
     weights "int8" and "int4" make the linear layers smaller, the one that gives the logits excepted.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = auto_class(model_config).from_config(model_config)
     total = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     if weights not in QUANTISED:
         return total

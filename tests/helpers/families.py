@@ -1,12 +1,23 @@
-"""The configuration of a tiny model of every causal type that transformers registers, shrunk by the names of sizes."""
+"""The configuration of a tiny model of every type of language model that transformers registers, with images or not.
+
+They are shrunk by the names of sizes.
+"""
 
 import inspect
 from typing import Any
 
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
-TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# Those that are of both kinds load as language models.
+IMAGE_TYPES = [
+    name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+]
+
+TYPES = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *IMAGE_TYPES]
 
 VOCABULARY = 320
 
@@ -23,6 +34,7 @@ SIZES: dict[int, str] = {
     "moe_k index_topk_blocks n_shared_experts num_shared_experts",
     1: "n_group topk_group zero_expert_num router_n_groups first_k_dense_replace",
     64: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim input_embedding_size "
+    "out_hidden_size text_hidden_size projector_hidden_size projection_dim image_token_embed_dim "
     "output_embedding_size attention_hidden_size lru_width sliding_window sliding_window_size attention_window_size "
     "window_size local_attention attention_chunk_size embed_dim",
     96: "intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
@@ -56,6 +68,33 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [96, 48]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 1]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "downsample_rate": "1/2",
+    },
+    "molmo2_adapter": {"vision_feature_layer": [3, 2]},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 5},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5},
+    "step3p5": {"sliding_window": 64},
+    "wavtokenizer_encoder": {"codebook_dim": 64},
+    "apertus1p5": {
+        "image_token_id": 5,
+        "audio_token_id": 6,
+        "image_token_offset": 100,
+        "audio_token_offset": 164,
+        "vision_config": {"codebook_size": 64, "base_channels": 32},
+        "audio_config": {"codebook_size": 64},
+    },
+    "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model"}},
+    "perception_lm": {"vision_config": {"model_type": "siglip_vision_model", "model_args": {"embed_dim": 64}}},
+    "janus_vqgan": {"base_channels": 32, "num_embeddings": 64},
+    "muse_glimmer_text": {"qk_scale_factor": 1.5},
+    "muse_spark_text": {"qk_scale_factor": 1.5},
+    "muse_spark_audio": {"hidden_sizes": [32, 32, 64, 64]},
     "zaya": {"num_experts_per_tok": 1},
     "qwen4_exp_text": {"linear_num_key_heads": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -73,9 +112,36 @@ for _name in ("mistral", "mixtral", "starcoder2", "phimoe", "qwen2_moe", "minima
     OWN[_name] = {"sliding_window": None}
 
 
+def _three_axes(*sections: int) -> dict[str, Any]:
+    """Positions in time, height and width."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
+
+
+for _name in (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen2_5_omni_text",
+    "paddleocr_vl_text",
+    "glm4v_text",
+    "glm_ocr_text",
+    "hunyuan_vl_text",
+    "cosmos3_edge_text",
+    "glm46v_text",
+):
+    OWN[_name] = OWN.get(_name, {}) | _three_axes(2, 3, 3)
+
+OWN["ernie4_5_vl_moe_text"] |= _three_axes(3, 3, 2)
+OWN["glm4v_moe_text"] = _three_axes(1, 1, 2)
+
 # Refused by their configuration, which may say what it likes: nothing is ever made of it.
 NOT_SHRUNK: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2": {},
     "dots3_note": {},
+    "florence2": {},
+    "glm5_next": {},
+    "hy_v4_vl": {},
+    "inkling2": {},
+    "inkling2_loop": {},
     "dots3_note_text": {},
     "gemma4_assistant": {
         "text_config": {
@@ -122,6 +188,8 @@ def _part(config_class: Any, name: str, own: Any) -> Any:
     part = config_class.sub_configs[name]
     if name not in inspect.signature(config_class.__init__).parameters:
         return None
+    if own and "model_type" in own:
+        return _shrunk(CONFIG_MAPPING[own["model_type"]], own)
     if not hasattr(part, "sub_configs") or "Auto" in part.__name__:
         default = getattr(config_class(), name, None)
         part = type(default) if default is not None else None

@@ -15,12 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from families import TYPES, tiny
+from families import IMAGE_TYPES, TYPES, tiny
 from tiny_models import byte_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 import retrieval_attn as ra
 from retrieval_attn.hf.attention import watched_attention
+from retrieval_attn.hf.auto_class import auto_class
 from retrieval_attn.hf.versions import cache_argument
 
 MOST_PARAMETERS, MOST_BYTES, MOST_SECONDS = 60_000_000, 6 << 30, 120
@@ -61,11 +62,11 @@ def stock_model(family: str) -> Any:
     """A random model whose best 32 keys hold about half of the attention."""
     shrunk = tiny(family)
     with torch.device("meta"):
-        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(shrunk).parameters())
+        n = sum(p.numel() for p in auto_class(shrunk).from_config(shrunk).parameters())
     if n > MOST_PARAMETERS:
         raise MemoryError(f"the tiny model has {n} parameters")
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(tiny(family), dtype=torch.float32).eval()
+    model = auto_class(shrunk).from_config(tiny(family), dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -108,7 +109,7 @@ def sharpen(model: Any) -> float:
 
     adjust = False
     for name, weight in model.named_parameters():
-        if weight.dim() == 2 and any(part in name for part in ("attn", "attention")):
+        if weight.dim() == 2 and weight.std() > 0 and any(part in name for part in ("attn", "attention")):
             weight.mul_(1 / weight.std().clamp(min=1e-6) / weight.shape[1] ** 0.5)
         if name.endswith("sinks"):
             # As they are drawn, leaving them out would hardly show.
@@ -179,7 +180,8 @@ class Referee:
 def own_code(folder: Path, stock: Any, referee: Referee) -> float:
     """All ways through transformers' own `generate`; returns what leaving out far keys changes."""
     ra.register()
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="retrieval").eval()
+    auto = auto_class(AutoConfig.from_pretrained(folder))
+    model = auto.from_pretrained(folder, attn_implementation="retrieval").eval()
     ids = prompt(N_PROMPT)
     one = generated(stock, ids)[1]
     cache = ra.RetrievalCache(model.config, config())
@@ -295,7 +297,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     for family in sys.argv[1:] or TYPES:
-        print(json.dumps(in_a_child(family)._asdict()), flush=True)
+        kind = "image-text" if family in IMAGE_TYPES else "text"
+        print(json.dumps({**in_a_child(family)._asdict(), "kind": kind}), flush=True)
 
 
 if __name__ == "__main__":
