@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from laws import rarely, times
+from laws import rarely, some_of, times
 from tiny_models import save_tiny_chat_model
 
 import retrieval_attn as ra
@@ -201,8 +201,10 @@ class TestInterruptions:
             asked(session)
         assert asked(session) == expected
 
-    @pytest.mark.parametrize("at", [1, 2, 3, 4])
-    @pytest.mark.parametrize("where", ["hf.cache.RetrievalCache.settle", "attention.layer_memory.LayerMemory.crop"])
+    @pytest.mark.parametrize(
+        ("where", "at"),
+        some_of(["hf.cache.RetrievalCache.settle", "attention.layer_memory.LayerMemory.crop"], [1, 2, 3, 4]),
+    )
     def test_while_it_is_mended(self, llm, expected, monkeypatch, where, at):
         """A second Ctrl-C, when the first has left the layers uneven."""
         session = llm.session()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from laws import rarely
+from laws import rarely, some_of
 from tiny_models import prompt_ids, save_tiny_chat_model, tiny_model
 
 import retrieval_attn as ra
@@ -364,8 +364,10 @@ class TestLimits:
         assert all(isinstance(layer, RetrievalLayer) for layer in cache.fork().layers)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("options", [{"n_sink": 9, "n_local": 40}, {"index": "graph"}, {"n_local": 5000}])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    some_of([{"n_sink": 9, "n_local": 40}, {"index": "graph"}, {"n_local": 5000}], ["llama", "gemma3"]),
+)
 def test_a_fork_with_other_options_is_a_cache_made_with_them(kind, options):
     """What was read once goes on as if it had been read that way, and what it was forked from goes on as before."""
     ra.register()

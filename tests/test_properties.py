@@ -320,14 +320,14 @@ BATCHES = scenarios(
 )
 
 
-@examples(50)
+@examples(30)
 @given(CONVERSATIONS)
 def test_any_conversation_equals_stock(scenario):
     """Laws 1, 3, 4 and 6, and forks and crops in any order."""
     play(scenario)
 
 
-@examples(40)
+@examples(25)
 @given(BATCHES)
 def test_any_two_padded_rows_equal_stock(scenario):
     """Law 7 as well."""

@@ -2,7 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from laws import rarely
+from laws import rarely, some_of
 from tail_layers import layer, relative
 
 from retrieval_attn.attention.decode import StepClock, decode
@@ -218,8 +218,7 @@ def test_int8_reads_what_the_store_holds(index, estimator):
     assert 1e-4 < relative(out.out, attend_near(query[:, :, :1], keys[None], values[None], scale).out) < 0.05
 
 
-@pytest.mark.parametrize("n", [5, 63, 64, 127, 128, 129, 500])
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("n", "background"), some_of([5, 63, 64, 127, 128, 129, 500], [False, True]))
 def test_newest_far_keys_are_read_before_an_index_covers_them(n, background):
     """Keys that no index covers yet are in neither too few nor too many places, whoever appends them."""
     query, keys, values, scale = layer(S=36 + n + 200)

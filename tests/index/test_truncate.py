@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from index_vectors import attention_like, recall
-from laws import rarely
+from laws import rarely, some_of
 
 from retrieval_attn.index import INDEX_KINDS, build_index
 
@@ -62,8 +62,7 @@ def test_appended_keys_can_go_again(kind, scene):
         assert np.array_equal(after.ids, before.ids)
 
 
-@pytest.mark.parametrize("kind", INDEX_KINDS)
-@pytest.mark.parametrize("n_keys", [0, -1, 3001])
+@pytest.mark.parametrize(("kind", "n_keys"), some_of(INDEX_KINDS, [0, -1, 3001]))
 def test_mistakes_are_named(kind, n_keys, scene):
     index = build_index(kind, scene.keys, scene.queries)
     with pytest.raises(ValueError, match=f"n_keys must be between 1 and 3000.*, got {n_keys}"):

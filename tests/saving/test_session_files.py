@@ -591,7 +591,7 @@ while sys.stdin.readline():
 """
 
 
-@pytest.mark.parametrize(("one_step", "kills"), [(True, 30), *rarely((False, 10))])
+@pytest.mark.parametrize(("one_step", "kills"), [(True, 18), *rarely((False, 10))])
 def test_killed_at_any_instant_of_a_save(llm, folder, session, saved, grown, tmp_path, one_step, kills):
     """`kill -9` leaves one of the two sessions, whole; the next save clears away what it left besides."""
     grown.save(tmp_path / "grown")

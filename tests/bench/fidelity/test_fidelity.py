@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from laws import some_of
 from tiny_models import save_tiny_chat_model
 
 from retrieval_attn import load
@@ -114,8 +115,10 @@ def test_held_out_is_exact_attention_of_the_tokens_that_follow(bench, ids, read,
         torch.testing.assert_close(one.out[:, -1], out, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", ["", ":share_group=false:estimator=topk", ":estimator=lift", ":mass=0.9"])
-@pytest.mark.parametrize("kind", ["graph", "page"])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    some_of(["", ":share_group=false:estimator=topk", ":estimator=lift", ":mass=0.9"], ["graph", "page"]),
+)
 def test_a_step_is_a_step_of_decoding(read, held, kind, options):
     label = method(f"{kind}{WINDOW}:top_k=16{options}")
     ours, theirs = read.cache.fork(label.config), read.cache.fork(label.config)

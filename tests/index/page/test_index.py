@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from index_vectors import STORED, as_bfloat16, attention_like, every_stored, recall
-from laws import examples
+from index_vectors import STORED, as_bfloat16, attention_like, recall
+from laws import examples, rarely
 
 from retrieval_attn.arrays import as_float32
 from retrieval_attn.index import build_index, load_index
@@ -17,6 +17,8 @@ from retrieval_attn.index.page.search import dots_run, score_pages
 from retrieval_attn.index.page.summary import SCORES, PageSummaries, Scheme
 from retrieval_attn.index.protocol import Steps
 
+# The summaries and searches of a dtype take 25 s to compile.
+every_dtype = pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float16")])
 every_score = pytest.mark.parametrize("score", SCORES)
 
 
@@ -43,7 +45,7 @@ def in_pages(keys, page_size=16):
     return as_float32(keys)[:, : n_pages * page_size].reshape(len(keys), n_pages, page_size, -1)
 
 
-@every_stored
+@every_dtype
 @pytest.mark.parametrize("page_size", [8, 16, 50])
 def test_summaries_follow_their_definitions(dtype, page_size, scene):
     keys = STORED[dtype](scene.keys[:, :333])
@@ -99,7 +101,7 @@ def test_no_key_scores_above_the_bound_of_its_page(keys_query):
     assert np.isfinite(bounds).all()
 
 
-@every_stored
+@every_dtype
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
 def test_computed_bounds_are_bounds_up_to_rounding(dtype, size, scene):
     keys = STORED[dtype]((scene.keys * np.float32(size)).astype(np.float32))
@@ -153,7 +155,7 @@ def test_choosing_survives_what_is_no_number():
         assert out.min() >= 0
 
 
-@every_stored
+@every_dtype
 @pytest.mark.parametrize(("n", "dim"), [(1, 1), (3, 5), (4, 64), (15, 80), (16, 128)])
 def test_equal_keys_get_equal_scores_wherever_they_stand(dtype, n, dim):
     rng = np.random.default_rng(n)
@@ -178,7 +180,7 @@ def opened(keys, queries, pages, effort):
 
 
 @every_score
-@every_stored
+@every_dtype
 @pytest.mark.parametrize(
     ("n_keys", "page_size", "effort"), [(63, 8, 3), (1000, 16, 20), (1000, 30, 32), (2999, 128, 9)]
 )
@@ -218,9 +220,8 @@ def test_enough_pages_are_opened_to_fill_the_answer(k, scene):
 
 def test_default_effort_finds_most_and_reads_few():
     scene = attention_like(n_keys=20_000, n_later=16)
-    keys = as_bfloat16(scene.keys)
-    hit = build_index("page", keys).search(scene.later, k=50)
-    assert recall(hit.ids, build_index("exact", keys).search(scene.later, k=50).ids) > 0.9
+    hit = build_index("page", scene.keys).search(scene.later, k=50)
+    assert recall(hit.ids, build_index("exact", scene.keys).search(scene.later, k=50).ids) > 0.9
     assert hit.visited.max() < 0.25 * 20_000
 
 
@@ -350,6 +351,7 @@ def test_a_file_holds_any_index(score, n_keys, lift, scene, tmp_path):
     same_index(index, loaded, scene.later)
 
 
+@pytest.mark.long
 @every_score
 @pytest.mark.parametrize("lift", [None, 0.125])
 def test_an_index_takes_at_most_seven_per_cent_of_keys_and_values(score, lift, scene):

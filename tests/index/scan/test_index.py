@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from index_vectors import STORED, as_bfloat16, attention_like, every_stored, recall
+from laws import some_of
 
 from retrieval_attn.index import build_index
 from retrieval_attn.index.scan.codes import NOT_A_NUMBER
@@ -46,9 +47,7 @@ def test_the_index_is_small(scene, index):
 
 
 @every_stored
-@pytest.mark.parametrize("dim", [6, 24, 100])
-@pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("n_keys", [63, 1000, 4007])
+@pytest.mark.parametrize(("n_keys", "group", "dim"), some_of([63, 1000, 4007], [1, 3], [6, 24, 100]))
 def test_odd_shapes(dtype, dim, group, n_keys):
     scene = attention_like(2 * group, 2, n_keys, 16, 5, dim=dim)
     keys = STORED[dtype](scene.keys)

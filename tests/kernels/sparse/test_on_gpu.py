@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import examples
+from laws import examples, some_of
 from peaky import float32_rounding, in_own_dtype, peaky
 
 from retrieval_attn.kernels import reference
@@ -76,9 +76,11 @@ def assert_as_exact_as_its_dtype(query, keys, values, scale, index):
     return state
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 130), (63, 63), (63, 300), (130, 130), (130, 300)])
-def test_lengths_and_offsets(dtype, T, S):
+@pytest.mark.parametrize(
+    ("lengths", "dtype"), some_of([(1, 1), (1, 130), (63, 63), (63, 300), (130, 130), (130, 300)], DTYPES)
+)
+def test_lengths_and_offsets(dtype, lengths):
+    T, S = lengths
     inputs = peaky(G=1, R=1, T=T, S=S, dtype=dtype)
     assert_as_exact_as_its_dtype(*inputs, random_index(*inputs[:2]))
 
@@ -96,12 +98,11 @@ def test_group_ratios_and_batches(R):
     assert_as_exact_as_its_dtype(*inputs, random_index(*inputs[:2]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(16, 128), (128, 16), (32, 64), (128, 128)])
-def test_sizes_of_runs_and_blocks(dtype, rows, width):
+@pytest.mark.parametrize(("size", "dtype"), some_of([(16, 128), (128, 16), (32, 64), (128, 128)], DTYPES))
+def test_sizes_of_runs_and_blocks(dtype, size):
     """Runs and blocks larger than a tile are taken in parts, in float32 at any of these sizes."""
     inputs = peaky(G=1, R=1, T=140, S=200, dtype=dtype)
-    assert_as_exact_as_its_dtype(*inputs, random_index(*inputs[:2], rows, width))
+    assert_as_exact_as_its_dtype(*inputs, random_index(*inputs[:2], *size))
 
 
 sizes = st.sampled_from([16, 32, 64])
