@@ -204,18 +204,30 @@ class Request:
         held = self.cache.get_seq_length()
         n, done = len(ids) - held, 0
         follows = held > 0 and self.cache.config.followup == "retrieve"
+        # What was held, a document or a turn before, is gone back to for another question.
+        self.cache.mark()
         self._on_progress(Progress("prefill", 0, n))
         with self.cache.working(), self.cache.retrieving() if follows else self.cache.exact():
-            for stop in chunk_ends(n, self.cache.config):
+            for stop in self._stops(n, want_logits):
                 part = torch.tensor([ids[held + done : held + stop]], device=self.model.device)
                 if want_logits and stop == n:
                     logits = self._passes.logits(part, len(ids))
                 else:
                     self._passes.read(part, len(ids))
+                if stop == n - want_logits:
+                    self.cache.mark()
                 done = stop
                 self._on_progress(Progress("prefill", done, n))
         self.stats.prefill_s += time.perf_counter() - started
         return logits
+
+    def _stops(self, n_tokens: int, answers: bool) -> list[int]:
+        """Where passes end. One ends before the last token, if there are layers that can go back only to what was held
+        between two passes: that token is run again when its answer is given anew."""
+        ends = set(chunk_ends(n_tokens, self.cache.config))
+        if answers and n_tokens > 1 and self.cache.wants_marks:
+            ends.add(n_tokens - 1)
+        return sorted(ends)
 
     def _await_builds(self, builds: list[Any]) -> list[Any]:
         """Wait for the indexes with progress, once; later steps have none to wait for."""
@@ -264,7 +276,7 @@ def summarise(
     _summarise_checks(stats, clocks)
     _summarise_prefill(stats, [layer.prefilled for layer in cache.retrieval_layers])
     stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
-    stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories)
+    stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories) + cache.marked_bytes
     stats.device_kv_bytes = sum(memory.window.nbytes + memory.device_prefix.nbytes for memory in memories)
     indexes = [index for memory in memories if (index := memory.far_index.if_built) is not None]
     stats.index_bytes = sum(index.nbytes for index in indexes)

@@ -239,7 +239,7 @@ class Session:
 
     def _bytes_held(self) -> int:
         indexes = (memory.far_index.if_built for memory in self.cache.memories)
-        stored = sum(memory.store.nbytes for memory in self.cache.memories)
+        stored = sum(memory.store.nbytes for memory in self.cache.memories) + self.cache.marked_bytes
         return stored + sum(index.nbytes for index in indexes if index is not None)
 
     def _mend(self) -> None:
@@ -251,12 +251,14 @@ class Session:
         self._cached = self._cached[: self.cache.get_seq_length()]
 
     def _go_back(self, keep: int) -> None:
+        """Drop all but the first `keep` of what the cache holds, or more if a layer cannot go back to just these."""
+        reached = self.cache.reachable(keep) or keep
         try:
-            self.cache.crop(keep - len(self._cached))
+            self.cache.crop(reached - len(self._cached))
         except ValueError as reason:
             log.warning("prefilling anew: %s", reason)
-            self.cache, keep = self.llm.new_cache(), 0
-        self._cached = self._cached[:keep]
+            self.cache, reached = self.llm.new_cache(), 0
+        self._cached = self._cached[:reached]
 
     def _with_user_text(self, text: str) -> list[dict[str, str]]:
         """The messages, with a text added to the user's open turn or as a new one."""

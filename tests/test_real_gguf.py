@@ -51,3 +51,24 @@ def test_two_hundred_tokens_equal_stock(real, monkeypatch):
     # All of the 200.
     monkeypatch.setattr(llm, "stop_ids", list)
     assert llm.generate(prompt, max_new_tokens=200).token_ids == stock
+
+
+@pytest.mark.long
+@needs(GEMMA3)
+def test_gemma_reads_a_document_once(monkeypatch):
+    """Fifteen of its 18 layers have a window of 512, which the text has left behind."""
+    llm = ra.load(GEMMA3.path, ALL, dtype="float32")
+    monkeypatch.setattr(llm, "stop_ids", list)
+    session = llm.session()
+    session.read(TEXT * 12)
+    document = session.token_ids
+    assert len(document) > 700
+    for question in ("How many ships did she count?", "Who reads the book, and when?"):
+        ids = document + llm.encode_text(question)
+        done = session.answer(ids, max_new_tokens=20)
+        assert done.stats.reused_tokens >= len(document)
+        assert done.token_ids == llm.generate(ids, max_new_tokens=20).token_ids
+        for _ in session.regenerate(max_new_tokens=20):
+            pass
+        assert session.last.token_ids == done.token_ids
+        assert session.last.stats.reused_tokens == len(ids) - 1

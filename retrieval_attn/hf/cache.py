@@ -3,7 +3,7 @@
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
 from retrieval_attn.hf.layer import RetrievalLayer
 from retrieval_attn.hf.layers import attends_to_all, widest_text
+from retrieval_attn.hf.marks import Mark, copied, kept_of, marked
 from retrieval_attn.hf.positions import made_for
 from retrieval_attn.hf.rope import rope_border
 from retrieval_attn.hf.served import refuse_unserved
@@ -72,6 +73,8 @@ class RetrievalCache(DynamicCache):
         self.config = config
         require_safe_threads()
         self.spoiled = False
+        self._marks: tuple[Mark, ...] = ()
+        self._moving = False
         # Of the text that the tokens are a part of, if who feeds them says so.
         self.text_length = 0
         self._border = rope_border(model_config)
@@ -103,7 +106,7 @@ class RetrievalCache(DynamicCache):
         twin = copy.copy(self)
         twin.config = config or self.config
         twin.layers = [
-            layer.fork(config) if isinstance(layer, RetrievalLayer) else copy.deepcopy(layer) for layer in self.layers
+            layer.fork(config) if isinstance(layer, RetrievalLayer) else copied(layer) for layer in self.layers
         ]
         twin._own_threads()
         return twin
@@ -161,7 +164,8 @@ class RetrievalCache(DynamicCache):
         """Drop the last `-tokens` tokens of every layer, or of none if a layer cannot.
 
         A positive number is the length to keep, as transformers before 5.20 passes it. Raises ValueError when a
-        sliding-window layer has already let go of what it would need again, and for more tokens than there are.
+        recurrent layer would have to go back, or a sliding-window layer has already let go of what it would need again,
+        unless there is a `mark` at that length; and for more tokens than there are.
         """
         n_held = self.get_seq_length()
         if -tokens > n_held:
@@ -171,13 +175,47 @@ class RetrievalCache(DynamicCache):
     def settle(self) -> None:
         """After a forward pass, interrupted or not: bring all layers to the tokens that every layer holds.
 
-        Never raises. If a sliding-window layer has let go of what it would need, the cache is `spoiled`, and refuses
-        further use.
+        Never raises. If a layer cannot go back there, all go to the last `mark` before; if there is none, the cache is
+        `spoiled`, and refuses further use.
         """
         try:
-            self._crop_to(min(self._lengths()))
+            self._crop_to(self.reachable(min(self._lengths())))
         except ValueError:
             self.spoiled = True
+
+    def mark(self) -> None:
+        """Remember what sliding-window and recurrent layers hold now, so that `crop` can come back to this length.
+
+        Costs nothing for a model without such layers. Few marks are kept (see `marks.kept_of`), in CPU memory; those of
+        tokens that are dropped go with them.
+        """
+        n_tokens, others = self.get_seq_length(), self._others()
+        if others and n_tokens and not self._marked_at(n_tokens):
+            self._marks = kept_of([*self._marks, marked(n_tokens, others)])
+
+    @property
+    def wants_marks(self) -> bool:
+        """Whether there are layers that cannot go back wherever they are asked to."""
+        return bool(self._others())
+
+    @property
+    def marked_bytes(self) -> int:
+        """Bytes of all marks, in CPU memory; forks share those of what they share."""
+        return sum(mark.nbytes for mark in self._marks)
+
+    def reachable(self, n_tokens: int) -> int:
+        """Of the first `n_tokens`, as many as the cache can go back to: all, those of the last mark before, or none."""
+        if self._first_stuck(n_tokens) is None:
+            return n_tokens
+        return max((mark.n_tokens for mark in self._marks if mark.n_tokens <= n_tokens), default=0)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Inside, layers change one after the other; what is interrupted here, `settle` takes back."""
+        self._moving = True
+        yield
+        # Not where an error leaves: recurrent layers, which count no tokens, do not tell whether they have changed.
+        self._moving = False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See transformers; raises ValueError if an interrupted pass has left the layers uneven for good, and for more
@@ -198,7 +236,22 @@ class RetrievalCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.text_length = 0
+        self.text_length, self._marks = 0, ()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Continue row i from what was row beam_idx[i]; marks, which are of the rows before, are forgotten."""
+        self._marks = ()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row; marks are forgotten."""
+        self._marks = ()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the named rows; marks are forgotten."""
+        self._marks = ()
+        super().batch_select_indices(indices)
 
     def _crosses(self, n_tokens: int, held: int, wanted: int) -> bool:
         """Whether of the tokens held, `n_tokens` would be turned otherwise as part of a text of `wanted`."""
@@ -222,32 +275,48 @@ class RetrievalCache(DynamicCache):
         """Tokens of every layer that counts them; recurrent layers do not."""
         return [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
 
+    def _others(self) -> dict[int, Any]:
+        """The layers that hold something and may be unable to go back, by their numbers."""
+        stock = ((i, layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RetrievalLayer))
+        return {i: layer for i, layer in stock if hasattr(layer, "get_seq_length") or hasattr(layer, "conv_states")}
+
+    def _marked_at(self, n_tokens: int) -> Mark | None:
+        return next((mark for mark in self._marks if mark.n_tokens == n_tokens), None)
+
+    def _first_stuck(self, keep: int) -> int | None:
+        """The first layer that cannot go back to `keep` tokens by itself, if there is one."""
+        nothing_goes = keep >= max(self._lengths()) and not self._moving
+        stuck = (i for i, layer in self._others().items() if not _can_crop(layer, keep, nothing_goes))
+        return next(stuck, None)
+
     def _crop_to(self, keep: int) -> None:
         held = max(self._lengths())
-        nothing_goes = keep >= held
-        if not nothing_goes and self._crosses(keep, held, keep):
+        if keep < held and self._crosses(keep, held, keep):
             raise ValueError(
                 f"keys are turned otherwise in a text of at most {self._border} tokens than in the longer one that "
                 f"they are from, so the cache cannot go back to {keep}; start a new cache and prefill"
             )
-        for i, layer in enumerate(self.layers):
-            if not _can_crop(layer, keep, nothing_goes):
-                raise ValueError(
-                    f"layer {i} ({type(layer).__name__}) cannot go back to {keep} tokens; start a new cache and prefill"
-                )
-        for layer in self.layers:
-            if isinstance(layer, RetrievalLayer):
+        stuck, mark = self._first_stuck(keep), self._marked_at(keep)
+        if stuck is not None and mark is None:
+            raise ValueError(
+                f"layer {stuck} ({type(self.layers[stuck]).__name__}) cannot go back to {keep} tokens; start a new "
+                "cache and prefill"
+            )
+        with self.moving():
+            # First: what is interrupted here has a mark to go back to, or stays as it is.
+            self._marks = tuple(mark for mark in self._marks if mark.n_tokens <= keep)
+            for layer in self.retrieval_layers:
                 layer.keep(keep)
-                continue
-            if not hasattr(layer, "get_seq_length"):
-                continue
-            # Recording layers drop what they recorded on every crop, so they are told even when nothing goes; others
-            # are not, because before 5.14 a stock layer takes crop(0) for "drop everything".
-            extra = layer.get_seq_length() - keep
-            if extra > 0 or getattr(layer, "record_past", False):
-                layer.crop(-max(0, extra))
+            if stuck is not None and mark is not None:
+                self._put_back(mark)
+            else:
+                _crop_stock(self._others().values(), keep)
         if keep == 0:
             self.text_length = 0
+
+    def _put_back(self, mark: Mark) -> None:
+        for i, layer in mark.layers.items():
+            self.layers[i] = copied(layer)
 
     def reset_clocks(self) -> None:
         """Start the measurement of steps and of prefill anew."""
@@ -274,11 +343,21 @@ def _start_builds(cache: "weakref.ref[RetrievalCache]") -> None:
         alive.start_builds()
 
 
+def _crop_stock(layers: Iterable[Any], keep: int) -> None:
+    """Bring layers that can go back to `keep` tokens there."""
+    for layer in layers:
+        if not hasattr(layer, "get_seq_length"):
+            continue
+        # Recording layers drop what they recorded on every crop, so they are told even when nothing goes; others are
+        # not, because before 5.14 a stock layer takes crop(0) for "drop everything".
+        extra = layer.get_seq_length() - keep
+        if extra > 0 or getattr(layer, "record_past", False):
+            layer.crop(-max(0, extra))
+
+
 def _can_crop(layer: Any, keep: int, nothing_goes: bool) -> bool:
-    """Whether a layer can go back to `keep` tokens; stock sliding layers forget what left their window, and recurrent
-    layers, which count no tokens, cannot go back at all."""
-    if isinstance(layer, RetrievalLayer):
-        return True
+    """Whether a stock layer can go back to `keep` tokens; sliding ones forget what left their window, and recurrent
+    ones, which count no tokens, cannot go back at all."""
     if not hasattr(layer, "get_seq_length"):
         return nothing_goes
     if not layer.is_initialized or layer.get_seq_length() <= keep:

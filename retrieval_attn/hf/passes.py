@@ -41,7 +41,7 @@ class Passes:
             raise ValueError(f"{model_type(self._model.config)!r} takes no mask, so it answers prompts one by one only")
         taken = {name: value for name, value in options.items() if name in self._taken[module]}
         self.cache.text_length = length
-        with self._turning.of_text(length):
+        with self._turning.of_text(length), self.cache.moving():
             out = module(input_ids=ids, **taken, **cache_argument(self.cache), use_cache=True)
         if self.cache.get_seq_length() != held + n_new:
             raise ValueError(

@@ -72,8 +72,9 @@ class Phase:
 class MemoryPlan:
     """Bytes that a context of `n_tokens` takes; plans of several contexts add up field by field.
 
-    host_kv: keys and values in CPU memory, 0 if they lie on disk. index: the indexes beside them. device_kv: the near
-    window, on the device. passing: what is held beside `host` at the peak of prefill, build or decode, in CPU memory.
+    host_kv: keys and values in CPU memory, none if they lie on disk, and the marks that a session goes back to where
+    layers cannot be cropped. index: the indexes beside them. device_kv: the near window, on the device. passing: what
+    is held beside `host` at the peak of prefill, build or decode, in CPU memory.
     """
 
     n_tokens: int
@@ -113,7 +114,8 @@ def plan_memory(model_config: Any, n_tokens: int, dtype: torch.dtype, config: Re
     held = _Held.of(shape, n_tokens, config, Target())
     phases = plan_phases(model_config, n_tokens, dtype, config, Base(), Target())
     peak = max(phase.host for phase in phases if phase.name in OF_A_PROMPT)
-    return MemoryPlan(n_tokens, held.kv, held.index, held.window, passing=max(0, peak - held.kv - held.index))
+    kv = held.kv + held.marks
+    return MemoryPlan(n_tokens, kv, held.index, held.window, passing=max(0, peak - kv - held.index))
 
 
 def plan_phases(
@@ -141,6 +143,7 @@ class _Held:
     ids: int
     tokenizer: int
     kv: int
+    marks: int
     pages: int
     sample: int
     window: int
@@ -159,6 +162,7 @@ class _Held:
             ids=n_tokens * terms.TOKEN_ID,
             tokenizer=terms.kept_by_heap(n_tokens * terms.TOKENIZING),
             kv=0 if on_disk else terms.stored_kv(shape, n_tokens, config),
+            marks=terms.marks(shape),
             pages=0 if on_disk else terms.unused_pages(shape),
             sample=terms.query_sample(shape, config),
             window=terms.near_window(shape, config),
@@ -180,6 +184,7 @@ def _on_host(
         "token ids": held.ids,
         "kept from tokenizing": held.tokenizer,
         "keys and values": held.kv,
+        "marks": held.marks,
         "unused parts of pages": held.pages,
         "query sample": held.sample,
         "near window": held.window if on_cpu else 0,
@@ -198,7 +203,7 @@ def _on_host(
         "decode": {**indexed, "index that grows": terms.one_layer(shape, held.index)},
         "save": {**indexed, "one layer": terms.one_layer(shape, held.kv)},
         # A restored session is read where it lies: no copies, and pages of the usual size.
-        "restore": {**indexed, "unused parts of pages": 0},
+        "restore": {**indexed, "unused parts of pages": 0, "marks": 0},
     }
 
 

@@ -15,6 +15,7 @@ from retrieval_attn.far.index_build import needs_tail
 from retrieval_attn.far.index_choice import bytes_per_key
 from retrieval_attn.far.query_sample import RECENT_QUERIES
 from retrieval_attn.hf.layers import attends_to_all, stock_layers
+from retrieval_attn.hf.marks import MOST_MARKS
 from retrieval_attn.index.graph.cells import MAX_CELL
 from retrieval_attn.index.graph.links import N_CANDIDATES, N_COMPARED
 from retrieval_attn.index.scan.map import SAMPLE
@@ -48,7 +49,7 @@ class ModelShape:
 
     n_layers: those with full attention. sliding: tokens that all sliding-window layers together keep. G: KV heads, D:
     numbers of a key, and of a value. hidden, mlp: numbers per token between layers, and inside a feed-forward layer.
-    itemsize: bytes of a number of the model.
+    itemsize: bytes of a number of the model. recurrent: bytes of the states of all recurrent layers.
     """
 
     n_layers: int
@@ -60,6 +61,7 @@ class ModelShape:
     mlp: int
     vocabulary: int
     itemsize: int
+    recurrent: int = 0
 
     @classmethod
     def of(cls, model_config: Any, dtype: torch.dtype) -> "ModelShape":
@@ -82,6 +84,7 @@ class ModelShape:
             mlp=_mlp_width(text),
             vocabulary=text.vocab_size,
             itemsize=dtype.itemsize,
+            recurrent=sum(hasattr(layer, "conv_states") for layer in layers) * _recurrent_state(text, dtype.itemsize),
         )
 
     @property
@@ -102,6 +105,32 @@ def _mlp_width(text: Any) -> int:
     # Some have experts of their own for images, of another width; which comes first is the width of those for text.
     expert = each[0] if isinstance(each, list | tuple) else each
     return max(dense, expert * (getattr(text, "num_experts_per_tok", None) or 0))
+
+
+def _recurrent_state(text: Any, itemsize: int) -> int:
+    """Bytes of one recurrent layer: a float32 state, and the last inputs of a convolution.
+
+    Gated delta rule (Qwen3-Next): a matrix of key by value dimensions per head. Mamba: some numbers per channel. LFM2:
+    only the inputs.
+    """
+    if heads := getattr(text, "linear_num_value_heads", None):
+        keys, values = text.linear_key_head_dim, heads * text.linear_value_head_dim
+        channels, state = 2 * text.linear_num_key_heads * keys + values, keys * values
+    elif per_channel := _first(text, "mamba_d_state", "ssm_state_size"):
+        heads = _first(text, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+        width = _first(text, "mamba_d_head", "mamba_head_dim", "mamba_headdim")
+        inner = heads * width if heads and width else (_first(text, "mamba_expand", "expand") or 2) * text.hidden_size
+        groups = _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups") or 0
+        channels, state = inner + 2 * groups * per_channel, inner * per_channel
+    else:
+        channels, state = text.hidden_size, 0
+    kernel = _first(text, "linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel", "conv_L_cache") or 4
+    return kernel * channels * itemsize + state * FLOAT32
+
+
+def _first(text: Any, *names: str) -> int | None:
+    """What a config says under the first of these names that it knows."""
+    return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
 
 
 def stored_kv(shape: ModelShape, n_tokens: int, config: RetrievalConfig) -> int:
@@ -133,8 +162,17 @@ def page_size() -> int:
 
 
 def near_window(shape: ModelShape, config: RetrievalConfig) -> int:
-    """Copies of the near tokens on the model's device, and what sliding-window layers keep there."""
-    return shape.row * (shape.n_layers * (config.n_sink + config.n_local) + shape.sliding)
+    """Copies of the near tokens on the model's device, and what sliding-window and recurrent layers keep there."""
+    return shape.row * shape.n_layers * (config.n_sink + config.n_local) + _others(shape)
+
+
+def marks(shape: ModelShape) -> int:
+    """What a session keeps, at most, of what sliding-window and recurrent layers held where it may go back to."""
+    return MOST_MARKS * _others(shape)
+
+
+def _others(shape: ModelShape) -> int:
+    return shape.row * shape.sliding + shape.recurrent
 
 
 def query_sample(shape: ModelShape, config: RetrievalConfig) -> int:
