@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from families import tiny
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, sharpen
+from transformers import LlamaConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import retrieval_attn as ra
-from retrieval_attn.hf.auto_class import auto_class
 from retrieval_attn.plan.terms import ModelShape
 from retrieval_attn.terminal.plan_report import weight_bytes
 
@@ -15,9 +14,16 @@ CONFIG = ra.RetrievalConfig(index="exact", top_k=1 << 20, n_sink=4, n_local=16, 
 TEXT = "The lighthouse keeper counts ships. " * 4
 
 
-def saved(folder, family):
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def saved(folder):
+    """A tiny model of Qwen2-VL's kind, whose positions have three axes."""
+    axes = {"type": "default", "mrope_section": [2, 3, 3]}
+    text = {**SIZES, "intermediate_size": 96, "vocab_size": 320, "max_position_embeddings": 2048, "rope_scaling": axes}
+    seeing = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4}
     torch.manual_seed(7)
-    model = auto_class(tiny(family)).from_config(tiny(family), dtype=torch.float32)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=seeing)).eval()
     sharpen(model)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
@@ -27,7 +33,7 @@ def saved(folder, family):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("models") / "qwen2_vl", "qwen2_vl")
+    return saved(tmp_path_factory.mktemp("models") / "qwen2_vl")
 
 
 def answered(session, n_turns=2):
@@ -47,7 +53,7 @@ def test_sessions_in_turn_answer_as_each_alone(folder):
 
 @pytest.mark.parametrize("part", ["visual.blocks.0.attn.qkv.weight", "layers.2.mlp.up_proj.weight"])
 def test_missing_weights_of_either_side_are_refused(folder, tmp_path, part):
-    broken = saved(tmp_path / "broken", "qwen2_vl")
+    broken = saved(tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     gone = next(name for name in weights if name.endswith(part))
     save_file({name: weight for name, weight in weights.items() if name != gone}, broken / "model.safetensors")
@@ -65,6 +71,6 @@ def test_the_plan_is_of_the_text_side_and_counts_the_weights_of_both(folder):
 
 
 def test_of_experts_for_text_and_images_those_for_text_count():
-    config = tiny("ernie4_5_vl_moe")
-    config.text_config.moe_intermediate_size = [500, 9000]
+    # As ERNIE-4.5-VL says it.
+    config = LlamaConfig(**SIZES, intermediate_size=96, num_experts_per_tok=2, moe_intermediate_size=[500, 9000])
     assert ModelShape.of(config, torch.float32).mlp == 2 * 500
