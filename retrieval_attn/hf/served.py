@@ -140,6 +140,8 @@ _NAMED = {
     "minimax": "brings a cache of its own, so no other can keep its keys",
     # transformers 4.57 does not say so of its class.
     "openai-gpt": _NO_INTERFACE,
+    # Before 5.0 its config does not say so.
+    "paligemma": _BOTH_WAYS,
     "shieldgemma2": "judges images, and writes no text",
 }
 

@@ -41,6 +41,14 @@ def answered(session, n_turns=2):
         yield session.ask(f"{TEXT} And {turn}?", max_new_tokens=8).token_ids
 
 
+def test_answers_are_those_of_stock(folder):
+    llm = ra.load(folder, CONFIG, device="cpu")
+    ids = torch.tensor([llm.encode([{"role": "user", "content": TEXT}])])
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    want = stock.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert llm.generate(ids[0].tolist(), max_new_tokens=8).token_ids == want
+
+
 def test_sessions_in_turn_answer_as_each_alone(folder):
     llm = ra.load(folder, CONFIG, device="cpu")
     alone = list(answered(llm.session()))
