@@ -30,7 +30,11 @@ def stored_template(source: str) -> str | None:
 
 
 def render_messages(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
-    """Chat messages as text, through the tokenizer's template, as plain texts if it reads those."""
+    """Chat messages as text, through the tokenizer's template, as plain texts if it reads those.
+
+    A message may come in parts. Raises ValueError for a part that is no text.
+    """
+    messages = [_in_one_text(message) for message in messages]
     if not _passes_on(tokenizer, _PROBE) and _passes_on(tokenizer, _in_parts(_PROBE)):
         messages = _in_parts(messages)
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
@@ -43,6 +47,16 @@ def _passes_on(tokenizer: Any, messages: Messages) -> bool:
     except (TemplateError, TypeError):
         return False
     return all(message["content"] in text for message in _PROBE)
+
+
+def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"a message may hold text, as {{'type': 'text', 'text': '...'}}, got {str(part)[:60]}")
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def _in_parts(messages: Messages) -> Messages:

@@ -40,6 +40,16 @@ def test_every_template_is_given_what_it_reads(template):
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, PARTS])
+def test_a_message_may_come_in_parts_of_text(template):
+    parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]
+    tokenizer = byte_tokenizer(template)
+    assert render_messages(tokenizer, [{"role": "user", "content": parts}], False) == "<|user|>Who?<|end|>"
+    for other in ({"type": "image", "url": "ship.png"}, {"type": "text"}, "Who?"):
+        with pytest.raises(ValueError, match="a message may hold text, as .*, got "):
+            render_messages(tokenizer, [{"role": "user", "content": [*parts, other]}], False)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PARTS])
 def test_a_template_in_a_file_of_its_own_is_read(tmp_path, template):
     folder = save_tiny_chat_model(tmp_path / "plain", chat_template=None)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
