@@ -65,6 +65,8 @@ def attend(
         return _attend_sliding(module, query, key, value, attention_mask, scaling, dropout=dropout, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("softcapped attention logits (Gemma-2) are not inner products and cannot be retrieved")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("attention logits with a bias for distance (Inkling) are not inner products to retrieve by")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     state = layer.attend(query.detach(), key.detach(), value.detach(), attention_mask, scale)
     return _as_output(state, kwargs.get("s_aux")), None

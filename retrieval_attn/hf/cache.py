@@ -16,12 +16,14 @@ from retrieval_attn.attention.layer_memory import LayerMemory
 from retrieval_attn.attention.pattern_files import load_patterns
 from retrieval_attn.attention.prefill_policy import PrefillCounts, PrefillPolicy
 from retrieval_attn.config import PREFILLS, RetrievalConfig
+from retrieval_attn.hf.hybrid_layer import HybridLayer
 from retrieval_attn.hf.layer import RetrievalLayer
 from retrieval_attn.hf.layers import attends_to_all, widest_text
 from retrieval_attn.hf.marks import Mark, copied, kept_of, marked
 from retrieval_attn.hf.positions import made_for
 from retrieval_attn.hf.rope import rope_border
 from retrieval_attn.hf.served import refuse_unserved
+from retrieval_attn.hf.versions import LinearAttentionAndFullAttentionLayer
 from retrieval_attn.kernels import HeadPattern
 from retrieval_attn.threads import budget, jobs
 from retrieval_attn.threads.jobs import Job, Worker
@@ -67,7 +69,7 @@ class RetrievalCache(DynamicCache):
         self._window = widest_text(self.layers, model_config)
         given = patterns if patterns is not None else [()] * len(ours)
         self.layers: list[Any] = [
-            RetrievalLayer(config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
+            _ours_for(layer, config, capacity, sum(ours), PrefillPolicy(config, own)) if mine else layer
             for layer, mine, own in zip(self.layers, ours, given, strict=True)
         ]
         self.config = config
@@ -276,9 +278,9 @@ class RetrievalCache(DynamicCache):
         return [layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")]
 
     def _others(self) -> dict[int, Any]:
-        """The layers that hold something and may be unable to go back, by their numbers."""
-        stock = ((i, layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RetrievalLayer))
-        return {i: layer for i, layer in stock if hasattr(layer, "get_seq_length") or hasattr(layer, "conv_states")}
+        """Stock layers that hold something and may be unable to go back, by their numbers; parts of ours, too."""
+        stock = {i: _stock_part(layer) for i, layer in enumerate(self.layers)}
+        return {i: x for i, x in stock.items() if hasattr(x, "get_seq_length") or hasattr(x, "conv_states")}
 
     def _marked_at(self, n_tokens: int) -> Mark | None:
         return next((mark for mark in self._marks if mark.n_tokens == n_tokens), None)
@@ -316,13 +318,30 @@ class RetrievalCache(DynamicCache):
 
     def _put_back(self, mark: Mark) -> None:
         for i, layer in mark.layers.items():
-            self.layers[i] = copied(layer)
+            if isinstance(ours := self.layers[i], HybridLayer):
+                ours.recurrent = copied(layer)
+            else:
+                self.layers[i] = copied(layer)
 
     def reset_clocks(self) -> None:
         """Start the measurement of steps and of prefill anew."""
         for layer in self.retrieval_layers:
             layer.clock = StepClock()
             layer.prefilled = PrefillCounts()
+
+
+def _ours_for(stock: Any, *args: Any) -> RetrievalLayer:
+    """The layer in the place of a stock one, which may have a recurrence beside its attention."""
+    if isinstance(stock, LinearAttentionAndFullAttentionLayer):
+        return HybridLayer(stock.number_of_states, *args)
+    return RetrievalLayer(*args)
+
+
+def _stock_part(layer: Any) -> Any:
+    """What of a layer is transformers' own: all, nothing, or its recurrence."""
+    if isinstance(layer, HybridLayer):
+        return layer.recurrent
+    return None if isinstance(layer, RetrievalLayer) else layer
 
 
 def _with_one_thread(work: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from retrieval_attn.hf.versions import LinearAttentionAndFullAttentionLayer
+
 
 def stock_layers(model_config: Any) -> list[Any]:
     """The layers of the cache that transformers makes for a model."""
@@ -12,9 +14,10 @@ def stock_layers(model_config: Any) -> list[Any]:
 
 
 def attends_to_all(layer: Any, model_config: Any) -> bool:
-    """Whether a layer of such a cache keeps all tokens: a full-attention one, or one whose window no text fills."""
+    """Whether a layer of such a cache keeps all tokens: a full-attention one, also with a recurrence beside it, or one
+    whose window no text fills."""
     # Exact types: subclasses are other kinds of layer.
-    return type(layer) is DynamicLayer or (
+    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer) or (
         type(layer) is DynamicSlidingWindowLayer and is_wide(layer.sliding_window, model_config)
     )
 

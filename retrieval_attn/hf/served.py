@@ -49,6 +49,8 @@ def _other_scores(model_config: Any, text: Any) -> Iterator[str]:
         yield "softcaps its attention logits, which are then not inner products to search by"
     if getattr(text, "alibi", False) or getattr(text, "model_type", "") in _ALIBI:
         yield "adds a bias for distance (ALiBi) to its attention logits, which are then not inner products to search by"
+    if _stated(text, "rel_extent"):
+        yield "adds a learned bias for distance to its attention logits, which are then not inner products to search by"
     if getattr(text, "num_kv_shared_layers", 0):
         yield "shares keys and values between layers, which is not supported"
 

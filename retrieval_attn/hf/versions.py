@@ -15,6 +15,9 @@ __all__ = [
     "KEEPS_RECURRENT_STATE",
     "READS_GGUF",
     "AttentionMaskInterface",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
     "cache_argument",
     "causal_mask_function",
     "misshapen_weights",
@@ -28,6 +31,16 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).par
 
 # Whether caches have layers for what is no attention. Before, such models brought caches of their own.
 KEEPS_RECURRENT_STATE = hasattr(transformers.cache_utils, "LinearAttentionLayer")
+
+
+def _layer_class(name: str) -> Any:
+    """A kind of cache layers; where it is unknown, models that need it are refused, and nothing is of this class."""
+    return getattr(transformers.cache_utils, name, type(name, (), {}))
+
+
+LinearAttentionAndFullAttentionLayer = _layer_class("LinearAttentionAndFullAttentionLayer")
+LinearAttentionCacheLayerMixin = _layer_class("LinearAttentionCacheLayerMixin")
+LinearAttentionLayer = _layer_class("LinearAttentionLayer")
 
 # Whether the tokens of a GGUF file are its own: 4.57 puts a second BOS before a chat, and cuts Gemma's words to pieces.
 READS_GGUF = Version(transformers.__version__) >= Version("5.18")

@@ -106,9 +106,9 @@ def _index_name(i: int) -> str:
 
 
 def _part(i: int, layer: Any) -> _Part:
+    if hasattr(layer, "conv_states"):
+        raise ValueError(f"layer {i} ({type(layer).__name__}) holds a recurrent state, which cannot be saved")
     if not isinstance(layer, RetrievalLayer):
-        if getattr(layer, "keys", None) is None:
-            raise ValueError(f"layer {i} ({type(layer).__name__}) holds state that cannot be saved")
         return _Part({"keys": layer.keys, "values": layer.values})
     memory: LayerMemory = layer.memories[0]
     tensors = {"keys": memory.store.keys(), "values": memory.store.values(), **memory.state()}

@@ -63,7 +63,12 @@ OWN: dict[str, dict[str, Any]] = {
     "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "falcon": {"new_decoder_architecture": True},
     "gemma3n_text": {"num_kv_shared_layers": 2},
-    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "initializer_range": 0.07,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},

@@ -28,6 +28,10 @@ MOST_PARAMETERS, MOST_BYTES, MOST_SECONDS = 60_000_000, 6 << 30, 120
 N_PROMPT, N_NEW, TOLERANCE = 300, 5, 1e-3
 
 
+# In names of weights; what attention gives passes through more before it is added, in Zamba.
+_OF_ATTENTION = ("attn", "attention", "shared_transf", ".linear.")
+
+
 class Result(NamedTuple):
     """How a family fared: "equal", "refused" (by its name, before weights are read), or what is wrong.
 
@@ -109,8 +113,11 @@ def sharpen(model: Any) -> float:
 
     adjust = False
     for name, weight in model.named_parameters():
-        if weight.dim() == 2 and weight.std() > 0 and any(part in name for part in ("attn", "attention")):
+        if weight.dim() == 2 and weight.std() > 0 and any(part in name for part in _OF_ATTENTION):
             weight.mul_(1 / weight.std().clamp(min=1e-6) / weight.shape[1] ** 0.5)
+        if name.endswith(".temp"):
+            # Zero as it is drawn, and with it all of Zaya's keys.
+            weight.fill_(1.3)
         if name.endswith("sinks"):
             # As they are drawn, leaving them out would hardly show.
             weight.fill_(5.0)

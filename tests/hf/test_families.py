@@ -17,9 +17,9 @@ from family_page import PAGE, RECORDED, page
 
 # One of each kind: with biases, windows beside full attention, recurrent with positions to be said, learned sinks; two
 # that see images, one of them with positions on three axes.
-EQUAL = ["gpt2", "gemma3_text", "bamba", "gpt_oss", "mistral3", "qwen2_vl"]
+EQUAL = ["gpt2", "gemma3_text", "bamba", "falcon_h1", "gpt_oss", "mistral3", "qwen2_vl"]
 
-REFUSED = ["falcon_h1", "gemma2", "deepseek_v3", "blip-2", "paligemma"]
+REFUSED = ["inkling_text", "gemma2", "deepseek_v3", "blip-2", "paligemma"]
 
 # Without the keys that are far, logits of a family differ by more than this; those of an equal one by less than a tenth
 # of TOLERANCE in family_sweep.py.
