@@ -1,6 +1,7 @@
 """Reads a model's weights, in the numbers that were asked for, and refuses a checkpoint that lacks any."""
 
 import importlib.util
+import logging
 from pickle import UnpicklingError
 from typing import Any
 
@@ -109,6 +110,8 @@ def _bitsandbytes(weights: str, device: torch.device) -> dict[str, Any]:
         raise ImportError(f"weights={weights!r} needs bitsandbytes; pip install 'retrieval-attn[quant]'")
     from transformers import BitsAndBytesConfig
 
+    # Of every layer and every token it would say that bfloat16 is cast.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     quantised = (
         BitsAndBytesConfig(load_in_8bit=True)
         if weights == "int8"
