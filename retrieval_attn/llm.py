@@ -223,8 +223,9 @@ def load(
     register()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    tokenizer = load_tokenizer(checkpoint, found)
     loaded = load_weights(checkpoint, found, options, chosen, NAME)
-    return LLM(loaded, load_tokenizer(checkpoint), config, patterns, held_as(checkpoint, loaded))
+    return LLM(loaded, tokenizer, config, patterns, held_as(checkpoint, loaded))
 
 
 def _kind(prompt: Any) -> str:

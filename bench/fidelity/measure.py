@@ -71,7 +71,7 @@ def _load_random(settings: Settings) -> LLM:
     given = {} if settings.dtype == "auto" else {"dtype": getattr(torch, settings.dtype)}
     model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, **given).eval().to(settings.device)
     try:
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint, config)
     except (OSError, ValueError):
         tokenizer = None
     # Where there are no files of one, transformers may make one without any words.

@@ -177,11 +177,24 @@ def _scales(rope: Mapping[str, Any]) -> bool:
     return any(one.get("rope_type", "default") != "default" for one in every)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, config: Any) -> Any:
     """The checkpoint's tokenizer; of a GGUF file, made from its vocabulary and with its chat template.
 
-    Raises ValueError, in one line, if there is none.
+    config: the model's. Raises ValueError, in one line, if there is no tokenizer, or if it has more tokens than the
+    model knows.
     """
+    tokenizer = _read_tokenizer(checkpoint)
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    # A model may know more than its tokenizer has: embeddings are padded. Tokens added by hand may be beyond its end.
+    if known is not None and tokenizer.vocab_size > known:
+        raise ValueError(
+            f"the tokenizer at {checkpoint.source!r} has {tokenizer.vocab_size} tokens and the model knows {known}; "
+            "take the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _read_tokenizer(checkpoint: Checkpoint) -> Any:
     # For a GGUF file the automatic choice would read all of the vocabulary once more, only to learn the model's type.
     kind = AutoTokenizer if checkpoint.header is None else PreTrainedTokenizerFast
     try:

@@ -1,6 +1,7 @@
 """What a model is loaded from: folders, GGUF files, and what is refused, in one line, before any weight is read."""
 
 import importlib.util
+import json
 import shutil
 import struct
 
@@ -49,6 +50,16 @@ def test_a_git_lfs_pointer_is_named(folder, tmp_path, name):
     copied = shutil.copytree(folder, tmp_path / "copied")
     (copied / name).write_bytes(POINTER)
     with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer, not the file itself; run `git lfs pull`"):
+        ra.load(copied)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_weights_are_read(folder, tmp_path):
+    """Its ids would point behind the embeddings, or, where they do not, at other words."""
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    (copied / "model.safetensors").unlink()
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(ValueError, match=r"tokenizer at .* has \d+ tokens and the model knows 100; take the tokenizer"):
         ra.load(copied)
 
 
