@@ -176,10 +176,51 @@ def _asked(report: ReportFile) -> list[Line]:
     return ends(lines) if turns else lines
 
 
+def perplexity(found: Found, folder: Path) -> str:
+    """Perplexity by model, context and method; in brackets the KL from full attention, and how often both agree."""
+    reports = [report for report in found.of("ppl") if report.good]
+    if not reports:
+        return "No report of ppl yet."
+    lines: dict[tuple[str, str, int], Row] = {}
+    for report in reports:
+        for row in report.good:
+            named = _file_name(report.config.get("model"), "embedded"), _file_name(report.config.get("text"), "prose")
+            line = lines.setdefault((*named, row["context"]), dict(zip(("model", "text"), named, strict=True)))
+            line["context"] = short(row["context"]).upper()
+            line[row["method"]] = _foretold(row)
+    names = list(dict.fromkeys(row["method"] for report in reports for row in report.good))
+    columns = [
+        ("model", "model", "{}"),
+        ("text", "text", "{}"),
+        ("context", "context", _RIGHT),
+        *((f"`{_plain(name)}`", name, _RIGHT) for name in names),
+    ]
+    return (
+        table(columns, [dict.fromkeys(names, "-") | line for line in lines.values()])
+        + "\n\n"
+        + _sources(reports, folder)
+    )
+
+
+def _foretold(row: Row) -> str:
+    if row["method"] == "full":
+        return f"{row['ppl']:.2f}"
+    return f"{row['ppl']:.2f} ({row['kl']:.2g}, {100 * row['agreement']:.0f} %)"
+
+
+def _file_name(path: object, otherwise: str) -> str:
+    return otherwise if path is None else _plain(Path(str(path)).name)
+
+
 # A comparison is a table of its own, of costs above all.
 SCORED = tuple(kind for kind in ANSWERS if kind != "compare")
 
-BLOCKS: dict[str, Callable[[Found, Path], str]] = {"latency": latency, "recall": recall, "quality": quality}
+BLOCKS: dict[str, Callable[[Found, Path], str]] = {
+    "latency": latency,
+    "recall": recall,
+    "quality": quality,
+    "perplexity": perplexity,
+}
 
 
 def _the(found: Found, name: str, block: str) -> ReportFile:

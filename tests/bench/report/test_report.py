@@ -39,6 +39,7 @@ what stood here
  between\t
 <!-- bench report: recall -->
 <!-- end --> <!-- bench report: quality --><!-- end -->
+<!-- bench report: perplexity --><!-- end -->
 the end"""
 
 
@@ -198,6 +199,7 @@ def ppl_rows():
     return [
         good,
         {**good, "context": 16384, "ppl": 8.1234},
+        {**good, "method": "graph", "ppl": 8.9, "agreement": 0.97, "kl": 0.00123},
         {**good, "method": "scan", "ppl": None, "status": "failed"},
     ]
 
@@ -549,7 +551,10 @@ def test_what_the_blocks_say(results, tmp_path):
     assert heads == f"|  | task | context | mode and turn | answers | `graph` | `{evil}` |"
     needle = "| [needle](results/needle-made.json) | needle | 32K |  | 2-3 | 66.7 (1 of 4 failed) | 33.3 |"
     assert needle in lines
-    assert lines[-3].startswith("From [needle-made.json](results/needle-made.json) (commit 0123")
+    assert any(line.startswith("From [needle-made.json](results/needle-made.json) (commit 0123") for line in lines)
+    assert "| model | text | context | `full` | `graph` |" in lines
+    assert "| embedded | prose | 8K | 8.88 | 8.90 (0.0012, 97 %) |" in lines
+    assert "| embedded | prose | 16K | 8.12 | - |" in lines
 
 
 def test_without_reports_the_quality_block_says_so(tmp_path):
@@ -576,7 +581,10 @@ def test_check_changes_nothing_and_says_by_its_status_what_would_change(results,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- bench report: speed -->\n<!-- end -->", r"must be one of latency, recall, quality, got 'speed'"),
+        (
+            "<!-- bench report: speed -->\n<!-- end -->",
+            r"must be one of latency, .*, perplexity, got 'speed'",
+        ),
         ("<!-- bench report: latency -->\n", r"block 'latency' of the README must end with <!-- end -->"),
         ("<!-- bench report: latency -->\n<!-- bench report: recall --><!-- end -->", r"block 'latency' .* must end"),
         ("no block", r"has no block; write <!-- bench report: NAME --> and .* one of latency, recall, quality"),
