@@ -5,7 +5,7 @@
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from retrieval_attn.hf.auto_class import auto_class
 from retrieval_attn.hf.chat_template import stored_template
 from retrieval_attn.hf.gguf_header import MAGIC, GgufHeader, read_header
+from retrieval_attn.hf.gguf_rope import with_scaled_positions
 from retrieval_attn.hf.positions import scaled_positions
 from retrieval_attn.hf.served import refuse_unserved
 from retrieval_attn.hf.versions import READS_GGUF
@@ -38,8 +39,6 @@ _MUST_AGREE = {
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-
-_SCALED_POSITIONS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
@@ -153,6 +152,7 @@ def read_config(checkpoint: Checkpoint, rope: str | None = None) -> Any:
         raise ValueError(f"{found.model_type!r} is not a causal language model, nor one that sees images, too")
     if checkpoint.header is not None:
         _refuse_what_was_dropped(checkpoint.source, checkpoint.header, found.get_text_config(decoder=True))
+        found = with_scaled_positions(found, checkpoint.header, Path(checkpoint.source))
     return found if rope is None else scaled_positions(found, rope)
 
 
@@ -162,19 +162,6 @@ def _refuse_what_was_dropped(source: str, header: GgufHeader, text: Any) -> None
         said, taken = header.of_model(field), getattr(text, name, None)
         if said and taken != said:
             raise ValueError(f"{source!r} says {field}={said}, but transformers reads {name}={taken} from it")
-    scaled = header.of_model("rope.scaling.type") not in (None, "none")
-    scaled = scaled or not header.tensors.isdisjoint(_SCALED_POSITIONS)
-    if scaled and not _scales(getattr(text, "rope_parameters", None) or {}):
-        raise ValueError(
-            f"{source!r} scales positions (RoPE), which transformers does not read from a GGUF file; load the folder "
-            "that it was made from"
-        )
-
-
-def _scales(rope: Mapping[str, Any]) -> bool:
-    """Whether parameters of RoPE, of all layers or by their kinds, scale positions."""
-    every = [rope, *(one for one in rope.values() if isinstance(one, Mapping))]
-    return any(one.get("rope_type", "default") != "default" for one in every)
 
 
 def load_tokenizer(checkpoint: Checkpoint, config: Any) -> Any:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 # The file format is described in llama.cpp's repository, docs/gguf.md.
 MAGIC = b"GGUF"
@@ -23,14 +26,30 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 _TEXT, _ARRAY = 8, 9
 
+# Among the kinds of numbers of a tensor.
+_FLOAT32 = 0
+
+
+class Tensor(NamedTuple):
+    """start and end: bytes, from where the first tensor begins. kind: of its numbers, as `gguf` counts them."""
+
+    kind: int
+    start: int
+    end: int
+
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """fields: numbers and texts by name; of a list, its length. tensors: names. n_bytes: of the whole file."""
+    """fields: numbers and texts by name; of a list, its length. tensors: by name. start: the byte where they begin."""
 
     fields: Mapping[str, Any]
-    tensors: frozenset[str]
-    n_bytes: int
+    tensors: Mapping[str, Tensor]
+    start: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.start + max((tensor.end for tensor in self.tensors.values()), default=0)
 
     @property
     def architecture(self) -> str:
@@ -40,6 +59,19 @@ class GgufHeader:
     def of_model(self, name: str) -> Any:
         """A field of the architecture's own, as "rope.freq_base"; None if it is not there."""
         return self.fields.get(f"{self.architecture}.{name}")
+
+    def own_name(self, field: str) -> str:
+        """The name of a field without the architecture's."""
+        return field.removeprefix(f"{self.architecture}.")
+
+    def numbers(self, path: Path, name: str) -> NDArray[np.float32]:
+        """The numbers of a float32 tensor, read from the file. ValueError for other numbers."""
+        kind, start, end = self.tensors[name]
+        if kind != _FLOAT32:
+            raise ValueError(f"{path} is damaged: {name} must be float32")
+        with path.open("rb") as file:
+            file.seek(self.start + start)
+            return np.frombuffer(file.read(end - start), "<f4")
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -101,23 +133,22 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     if version not in _VERSIONS:
         raise ValueError(f"{path} has version {version} of GGUF; versions {' and '.join(map(str, _VERSIONS))} are read")
     fields = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_fields)}
-    ends = dict(_tensor(cursor, path) for _ in range(n_tensors))
+    tensors = dict(_tensor(cursor, path) for _ in range(n_tensors))
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"{path} is damaged: its general.alignment is {alignment!r}")
-    start = -(-cursor.at // alignment) * alignment
-    return GgufHeader(fields, frozenset(ends), start + max(ends.values(), default=0))
+    return GgufHeader(fields, tensors, -(-cursor.at // alignment) * alignment)
 
 
-def _tensor(cursor: _Cursor, path: Path) -> tuple[str, int]:
-    """A tensor's name, and where it ends, counted from where the first begins."""
+def _tensor(cursor: _Cursor, path: Path) -> tuple[str, Tensor]:
+    """A tensor's name, and where it lies."""
     name = cursor.text()
     n = prod(cursor.number("Q") for _ in range(cursor.number("I")))
     kind, offset = cursor.number("I"), cursor.number("Q")
     if kind not in _block_sizes():
         raise ValueError(f"{path} holds numbers of kind {kind} in {name}, which the package gguf does not know")
     block, n_bytes = _block_sizes()[kind]
-    return name, offset + n // block * n_bytes
+    return name, Tensor(kind, offset, offset + n // block * n_bytes)
 
 
 @cache

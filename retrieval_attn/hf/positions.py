@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from retrieval_attn.hf.layers import max_positions
@@ -60,30 +61,45 @@ def scaled_positions(model_config: Any, said: str) -> Any:
     if kind not in SCALINGS or not 1 < factor <= MOST:
         allowed = ", ".join(f"{name}:FACTOR" for name in SCALINGS)
         raise ValueError(f"rope must be {allowed}, 1 < FACTOR <= {MOST}, got {said!r}")
-    scaled = copy.deepcopy(model_config)
-    text = scaled.get_text_config(decoder=True)
-    where = "rope_parameters" if hasattr(text, "rope_parameters") else "rope_scaling"
-    present = getattr(text, where, None) or {}
+    text = model_config.get_text_config(decoder=True)
+    present = _rope_of(text)
     turned = present or getattr(text, "rope_theta", None) is not None
     length = max_positions(text)
     if not turned or length is None:
         raise ValueError(f"{model_type(model_config)!r} has no rotary embeddings to scale; leave rope out")
-    asked = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
-    nested = {name: rope for name, rope in present.items() if isinstance(rope, dict)}
-    # Layers with a window turn few positions; published models scale those of full attention only.
-    chosen = {"full_attention": nested["full_attention"]} if "full_attention" in nested else nested or {"": present}
-    for rope in chosen.values():
+    for rope in _of_full_attention(present).values():
         if kind_of(rope) != "default":
             named = f"{model_type(model_config)!r} scales its positions already ({kind_of(rope)})"
             raise ValueError(f"{named}; leave rope out")
-    changed = {name: {**rope, **asked} for name, rope in chosen.items()}
-    setattr(text, where, {**present, **(changed if nested else changed[""])})
+    asked = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
+    return with_rope(model_config, asked)
+
+
+def with_rope(model_config: Any, asked: Mapping[str, Any]) -> Any:
+    """A copy of a model's config with these parameters of RoPE beside those it has, for layers with full attention."""
+    scaled = copy.deepcopy(model_config)
+    text = scaled.get_text_config(decoder=True)
+    present = _rope_of(text)
+    changed = {name: {**rope, **asked} for name, rope in _of_full_attention(present).items()}
+    where = "rope_parameters" if hasattr(text, "rope_parameters") else "rope_scaling"
+    setattr(text, where, {**present, **changed.get("", changed)})
     return scaled
+
+
+def _rope_of(text: Any) -> dict[str, Any]:
+    return getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+
+
+def _of_full_attention(rope: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parameters by kind of layer, "" if all have the same. Layers with a window turn few positions; published models
+    scale those of full attention only."""
+    nested = {name: one for name, one in rope.items() if isinstance(one, dict)}
+    return {"full_attention": nested["full_attention"]} if "full_attention" in nested else nested or {"": rope}
 
 
 def ropes_of(text: Any) -> list[dict[str, Any]]:
     """The parameters of each kind of rotary embedding; some models have one for each kind of layer."""
-    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    given = _rope_of(text)
     return [rope for rope in given.values() if isinstance(rope, dict)] or [given]
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 from tiny_models import CHAT_TEMPLATE, MODELS, byte_tokenizer, sharpen, tiny_config
 from torch import Tensor
 
@@ -24,8 +25,13 @@ _NAMES = {
 }
 
 
-def save_tiny_gguf(path: Path, architecture: str = "llama", without: str = "", **fields: Any) -> Path:
-    """Write the file. without: the name of a tensor to leave out. fields: more, or others, "__" standing for a dot."""
+def save_tiny_gguf(
+    path: Path, architecture: str = "llama", without: str = "", rope_freqs: Any = None, **fields: Any
+) -> Path:
+    """Write the file. without: the name of a tensor to leave out. rope_freqs: what to divide frequencies by.
+
+    fields: more, or others, "__" standing for a dot.
+    """
     tokenizer = byte_tokenizer()
     config = tiny_config("llama")
     config.vocab_size = len(tokenizer)
@@ -34,12 +40,14 @@ def save_tiny_gguf(path: Path, architecture: str = "llama", without: str = "", *
     writer = gguf.GGUFWriter(path, architecture)
     _write_fields(writer, config, tokenizer)
     for name, value in fields.items():
-        write = writer.add_string if isinstance(value, str) else writer.add_uint32
+        write: Any = {str: writer.add_string, float: writer.add_float32}.get(type(value), writer.add_uint32)
         write(name.replace("__", "."), value)
     for name, weight in model.state_dict().items():
         stored = _renamed(name)
         if stored != without:
             _write_tensor(writer, stored, _permuted(name, weight, config))
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(rope_freqs, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

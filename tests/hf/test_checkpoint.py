@@ -8,13 +8,14 @@ import struct
 import pytest
 import torch
 from tiny_models import save_tiny_chat_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import retrieval_attn as ra
 from retrieval_attn.hf import checkpoint
 from retrieval_attn.hf.checkpoint import find_checkpoint, read_config
 from retrieval_attn.hf.gguf_header import read_header
-from retrieval_attn.hf.versions import READS_GGUF
+from retrieval_attn.hf.versions import READS_GGUF, cache_argument
 from retrieval_attn.hf.weights import load_weights, weight_options
 
 HAS_GGUF = all(importlib.util.find_spec(name) for name in ("gguf", "accelerate"))
@@ -140,7 +141,10 @@ def test_other_files_by_that_name_are_refused(whole, tmp_path):
         ({"split__count": 3, "split__no": 1}, r"is part 2 of 3, .* llama-gguf-split --merge"),
         ({"architecture": "frobnicator"}, "cannot be loaded: GGUF model with architecture frobnicator is not"),
         ({"llama__attention__sliding_window": 64}, "says attention.sliding_window=64, but transformers reads"),
-        ({"llama__rope__scaling__type": "yarn"}, "scales positions"),
+        ({"llama__rope__scaling__type": "yarn"}, r"scales positions .* not read .*\(rope.scaling.type\)"),
+        ({"llama__rope__scaling__type": "longrope", "llama__rope__scaling__factor": 2.0}, "scales positions"),
+        ({"llama__rope__scale_linear": 2.0}, r"scales positions .*\(rope.scale_linear\)"),
+        ({"rope_freqs": [1.0] * 7 + [3.0]}, r"scales positions .*\(rope_freqs.weight\)"),
         ({"without": "blk.1.ffn_up.weight"}, "lacks 1 of its weights, the first is model.layers.1.mlp.up_proj.weight"),
     ],
 )  # fmt: skip
@@ -242,14 +246,43 @@ def test_what_a_config_lacks_of_the_file_is_found(whole):
     checkpoint._refuse_what_was_dropped("file", found.header, text)
 
 
+def factors_of(rope, dim=16):
+    """What llama.cpp's converter writes: plain frequencies over scaled ones."""
+    text = LlamaConfig(hidden_size=dim, num_attention_heads=1, rope_scaling={"rope_theta": 10000.0, **rope})
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](text, "cpu")
+    return 10000.0 ** (-torch.arange(0, dim, 2) / dim) / scaled
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 8192
+
+
+@reads_gguf
 @pytest.mark.parametrize(
-    ("rope", "scaled"),
+    "rope",
     [
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, False),
-        ({"rope_type": "yarn", "factor": 4.0}, True),
-        ({"full_attention": {"rope_type": "linear"}, "sliding_attention": {"rope_type": "default"}}, True),
-        ({}, False),
+        LLAMA3,
+        LLAMA3 | {"factor": 32.0},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
     ],
 )
-def test_scaled_positions_are_known_in_all_forms_of_a_config(rope, scaled):
-    assert checkpoint._scales(rope) == scaled
+def test_scaled_positions_of_a_gguf_file_are_those_of_the_folder_it_was_made_from(tmp_path, whole, rope):
+    """transformers drops them; the text would be another one."""
+    if rope["rope_type"] == "llama3":
+        path = written(tmp_path, rope_freqs=factors_of(rope))
+    else:
+        said = {"type": rope["rope_type"], "factor": rope["factor"], "original_context_length": 256}
+        path = written(tmp_path, **{f"llama__rope__scaling__{name}": value for name, value in said.items()})
+    llm = ra.load(path, ra.RetrievalConfig(n_sink=4, n_local=16, exact_below=0, top_k=1 << 20))
+    stock = AutoModelForCausalLM.from_pretrained(whole.parent, gguf_file=whole.name, dtype=torch.float32)
+    ids = torch.arange(300)[None] % 90
+    with torch.no_grad():
+        plain = stock(ids).logits
+        stock.config.rope_parameters = {"rope_theta": 10000.0, **rope}
+        stock.model.rotary_emb = type(stock.model.rotary_emb)(stock.config)
+        expected = stock(ids).logits
+        ours = llm.model(ids, **cache_argument(llm.new_cache())).logits
+    assert (ours - expected).abs().max() < 1e-4
+    assert (plain - expected).abs().max() > 1e-3
+    assert llm.generate(ids[0].tolist(), max_new_tokens=2).token_ids
