@@ -30,7 +30,7 @@ _TEXT, _ARRAY = 8, 9
 _FLOAT32 = 0
 
 
-class Tensor(NamedTuple):
+class TensorPlace(NamedTuple):
     """start and end: bytes, from where the first tensor begins. kind: of its numbers, as `gguf` counts them."""
 
     kind: int
@@ -43,7 +43,7 @@ class GgufHeader:
     """fields: numbers and texts by name; of a list, its length. tensors: by name. start: the byte where they begin."""
 
     fields: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorPlace]
     start: int
 
     @property
@@ -140,7 +140,7 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     return GgufHeader(fields, tensors, -(-cursor.at // alignment) * alignment)
 
 
-def _tensor(cursor: _Cursor, path: Path) -> tuple[str, Tensor]:
+def _tensor(cursor: _Cursor, path: Path) -> tuple[str, TensorPlace]:
     """A tensor's name, and where it lies."""
     name = cursor.text()
     n = prod(cursor.number("Q") for _ in range(cursor.number("I")))
@@ -148,7 +148,7 @@ def _tensor(cursor: _Cursor, path: Path) -> tuple[str, Tensor]:
     if kind not in _block_sizes():
         raise ValueError(f"{path} holds numbers of kind {kind} in {name}, which the package gguf does not know")
     block, n_bytes = _block_sizes()[kind]
-    return name, Tensor(kind, offset, offset + n // block * n_bytes)
+    return name, TensorPlace(kind, offset, offset + n // block * n_bytes)
 
 
 @cache

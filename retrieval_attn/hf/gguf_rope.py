@@ -28,7 +28,7 @@ def with_scaled_positions(model_config: Any, header: GgufHeader, path: Path) -> 
     text = model_config.get_text_config(decoder=True)
     said = {name for name in map(header.own_name, header.fields) if name.startswith(("rope.scaling.", "rope.scale_"))}
     factors = {name for name in header.tensors if name.startswith("rope_f")}
-    kind = header.of_model("rope.scaling.type") or "none"
+    kind = _kind(header)
     if (kind == "none" and not factors and said <= _SAID) or any(kind_of(rope) != "default" for rope in ropes_of(text)):
         return model_config
     if kind == "none" and factors == {_FACTORS}:
@@ -46,9 +46,17 @@ def with_scaled_positions(model_config: Any, header: GgufHeader, path: Path) -> 
     return with_rope(model_config, asked)
 
 
+def _kind(header: GgufHeader) -> str:
+    """A factor without a kind is linear, as for llama.cpp; a factor of 1 scales nothing."""
+    kind, factor = header.of_model("rope.scaling.type"), header.of_model("rope.scaling.factor")
+    if factor == 1 and kind in (None, "linear"):
+        return "none"
+    return str(kind or ("linear" if factor else "none"))
+
+
 def _by_factor(kind: str, header: GgufHeader) -> Mapping[str, Any] | None:
     factor, original = header.of_model("rope.scaling.factor"), header.of_model("rope.scaling.original_context_length")
-    if not factor or (kind == "yarn" and not original):
+    if not factor or factor <= 1 or (kind == "yarn" and not original):
         return None
     length = {"original_max_position_embeddings": original} if original else {}
     return {"rope_type": kind, "factor": float(factor), **length}
