@@ -51,6 +51,7 @@ class GenerationStats:
     in use ("exact" while a context is shorter than `exact_below`); empty without far keys. index_reason: why.
     keys_per_head: far keys that a query head used in a step, on average. recovered_mass: share of the attention that
     these and the window hold, by the estimator's own account (1 for "topk", which knows no rest).
+    marked_bytes: what layers with a window or a recurrent state held where the cache can go back to, in CPU memory.
     prefill_read: share of the keys before a prompt's tokens that their heads read (1: exact); None without a prompt, or
     with patterns of fixed sizes. prefill_patterns: share of heads and chunks by pattern.
     verified_steps: layer-steps that were also computed exactly (`verify_every`); over them verified_error and
@@ -83,6 +84,7 @@ class GenerationStats:
     gather_s: float = 0.0
     merge_s: float = 0.0
     host_kv_bytes: int = 0
+    marked_bytes: int = 0
     device_kv_bytes: int = 0
     index_bytes: int = 0
     rss_bytes: int = 0
@@ -276,7 +278,8 @@ def summarise(
     _summarise_checks(stats, clocks)
     _summarise_prefill(stats, [layer.prefilled for layer in cache.retrieval_layers])
     stats.tpot_s = float(np.mean(stats.itl_s)) if stats.itl_s else 0.0
-    stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories) + cache.marked_bytes
+    stats.host_kv_bytes = sum(memory.store.nbytes for memory in memories)
+    stats.marked_bytes = cache.marked_bytes
     stats.device_kv_bytes = sum(memory.window.nbytes + memory.device_prefix.nbytes for memory in memories)
     indexes = [index for memory in memories if (index := memory.far_index.if_built) is not None]
     stats.index_bytes = sum(index.nbytes for index in indexes)

@@ -51,7 +51,7 @@ def stats_line(stats: "generate.GenerationStats") -> str:
     if stats.verified_error is not None:
         parts.append(f"verified error {100 * stats.verified_error:.1f} %")
     parts.append(f"near {size(stats.device_kv_bytes)}")
-    parts.append(f"host {size(stats.host_kv_bytes + stats.index_bytes)}")
+    parts.append(f"host {size(stats.host_kv_bytes + stats.marked_bytes + stats.index_bytes)}")
     if stats.stop_reason in _ENDINGS:
         parts.append(_ENDINGS[stats.stop_reason])
     return " · ".join(parts)
