@@ -181,12 +181,12 @@ def perplexity(found: Found, folder: Path) -> str:
     reports = [report for report in found.of("ppl") if report.good]
     if not reports:
         return "No report of ppl yet."
-    lines: dict[tuple[str, str, int], Row] = {}
+    lines: dict[tuple[str, int], Row] = {}
     for report in reports:
         for row in report.good:
-            named = _file_name(report.config.get("model"), "embedded"), _file_name(report.config.get("text"), "prose")
-            line = lines.setdefault((*named, row["context"]), dict(zip(("model", "text"), named, strict=True)))
-            line["context"] = short(row["context"]).upper()
+            line = lines.setdefault((report.name, row["context"]), {"context": short(row["context"]).upper()})
+            line["model"] = _file_name(report.config.get("model"), "embedded")
+            line["text"] = _file_name(report.config.get("text"), "prose")
             line[row["method"]] = _foretold(row)
     names = list(dict.fromkeys(row["method"] for report in reports for row in report.good))
     columns = [
@@ -203,7 +203,7 @@ def perplexity(found: Found, folder: Path) -> str:
 
 
 def _foretold(row: Row) -> str:
-    if row["method"] == "full":
+    if row["method"] == "full" or row["kl"] is None:
         return f"{row['ppl']:.2f}"
     return f"{row['ppl']:.2f} ({row['kl']:.2g}, {100 * row['agreement']:.0f} %)"
 
