@@ -32,7 +32,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 
 class LLM:
-    """A causal language model whose full-attention layers retrieve. Made by `load`. Text in, text out.
+    """A causal language model whose full-attention layers retrieve. Made by `load`; reads and writes text.
 
     weights: how those of a GGUF file are held, "GGUF, packed" or "GGUF, unpacked"; empty for any other model.
     One request at a time per session; sessions in several threads are independent.

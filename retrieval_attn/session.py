@@ -90,7 +90,8 @@ class Session:
 
     Generated ids are kept as they are, never re-encoded, so the cached prefix always fits. An interrupted or failed
     turn loses nothing: the conversation stays what it was (with what was answered so far), and tokens that were
-    prefilled are reused if they are asked again. Not for use from two threads at once.
+    prefilled are reused if they are asked again; with windows or recurrent layers, those up to the last mark (see
+    `RetrievalCache.mark`). Not for use from two threads at once.
     """
 
     def __init__(self, llm: ConversationModel, system: str | None = None, cache: RetrievalCache | None = None) -> None:

@@ -177,6 +177,9 @@ class RetrievalCache(DynamicCache):
     def settle(self) -> None:
         """After a forward pass, interrupted or not: bring all layers to the tokens that every layer holds.
 
+        Recurrent layers count no tokens. That one has changed in a pass that broke before any other layer did is known
+        of passes through `load` only; with code of one's own, make a new cache then.
+
         Never raises. If a layer cannot go back there, all go to the last `mark` before; if there is none, the cache is
         `spoiled`, and refuses further use.
         """

@@ -26,7 +26,13 @@ def stored_template(source: str) -> str | None:
         f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
     }
     found = cached_file(source, "chat_template.json", **quietly)
-    return None if found is None else str(json.loads(Path(found).read_text())["chat_template"])
+    if found is None:
+        return None
+    held = json.loads(Path(found).read_text(encoding="utf-8"))
+    template = held.get("chat_template") if isinstance(held, dict) else None
+    if not isinstance(template, str):
+        raise ValueError(f"{found} must hold one text named 'chat_template'")
+    return template
 
 
 def render_messages(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
@@ -60,4 +66,7 @@ def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_parts(messages: Messages) -> Messages:
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if message.get("content") else message
+        for message in messages
+    ]

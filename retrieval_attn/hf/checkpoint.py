@@ -30,6 +30,7 @@ _READ = (
     ("model*.safetensors", "pytorch_model*.bin"),
     ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.*"),
     ("tokenizer_config.json",),
+    ("chat_template.json",),
 )
 
 # Fields of a GGUF file that change what a model computes, and what a config calls them.
@@ -171,7 +172,7 @@ def load_tokenizer(checkpoint: Checkpoint, config: Any) -> Any:
     model knows.
     """
     tokenizer = _read_tokenizer(checkpoint)
-    known = getattr(config.get_text_config(), "vocab_size", None)
+    known = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     # A model may know more than its tokenizer has: embeddings are padded. Tokens added by hand may be beyond its end.
     if known is not None and tokenizer.vocab_size > known:
         raise ValueError(

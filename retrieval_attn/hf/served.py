@@ -122,10 +122,14 @@ _BOTH_WAYS = "attends in both directions; only causal language models are served
 
 _NO_INTERFACE = "does not call transformers' attention interface, through which keys are retrieved"
 
+_SAM = "sees through SAM, which takes no attention function"
+
+_NEEDS_PIXELS = "takes no text alone: it asks for pixel_values, too"
+
 # What no general rule finds: how their code treats keys.
 _NAMED = {
-    "deepseek_ocr2": "sees through SAM, which takes no attention function",
-    "deepseek_vl_hybrid": "sees through SAM, which takes no attention function",
+    "deepseek_ocr2": _SAM,
+    "deepseek_vl_hybrid": _SAM,
     "diffllama": "attends twice to one layer's keys with other values, which is not supported",
     "diffusion_gemma": "writes a block of tokens at once, by diffusion",
     "doge": "masks keys by a rule that it has learned, so inner products do not say which count",
@@ -134,9 +138,9 @@ _NAMED = {
     "'gemma4_unified_text', is served)",
     "gemma4_unified_assistant": "drafts from the keys of another model, whose cache it needs",
     "git": _NO_INTERFACE,
-    "idefics": "takes no text alone: it asks for pixel_values, too",
+    "idefics": _NEEDS_PIXELS,
     "jetmoe": "repeats its keys for every attention expert, outside the cache, which is not supported",
-    "kosmos-2": "takes no text alone: it asks for pixel_values, too",
+    "kosmos-2": _NEEDS_PIXELS,
     "kosmos-2.5": "counts positions by a rule of its own, and cannot be told them",
     "mllama": "attends to images in layers of their own, which is not supported",
     "minimax": "brings a cache of its own, so no other can keep its keys",

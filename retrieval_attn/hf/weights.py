@@ -110,14 +110,18 @@ def _bitsandbytes(weights: str, device: torch.device) -> dict[str, Any]:
         raise ImportError(f"weights={weights!r} needs bitsandbytes; pip install 'retrieval-attn[quant]'")
     from transformers import BitsAndBytesConfig
 
-    # Of every layer and every token it would say that bfloat16 is cast.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
     quantised = (
         BitsAndBytesConfig(load_in_8bit=True)
         if weights == "int8"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     )
     return {"quantization_config": quantised, "device_map": {"": device}}
+
+
+def _is_no_cast(record: logging.LogRecord) -> bool:
+    """False for a line that bitsandbytes logs in every layer at every token: that bfloat16 is cast to float16."""
+    return "inputs will be cast from" not in str(record.msg)
 
 
 def held_as(checkpoint: Checkpoint, model: Any) -> str:

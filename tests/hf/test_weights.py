@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from laws import rarely
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_chat_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,8 +67,7 @@ def test_a_damaged_pickle_is_refused_in_one_line(folder):
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("weights", "most"), [("int8", 0.06), ("int4", 0.01)])
+@pytest.mark.parametrize(("weights", "most"), [("int4", 0.01), *rarely(("int8", 0.06))])
 def test_quantised_weights_on_a_cpu(folder, caplog, weights, most):
     """The logits of stock attention with the same weights; and no line for every layer and token."""
     pytest.importorskip("bitsandbytes")

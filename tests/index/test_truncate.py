@@ -23,8 +23,12 @@ def true_ids(keys, queries):
 # Not ivf at 300: its clusters are those of ten times the keys, so the lists it probes are nearly empty.
 @pytest.mark.parametrize(
     ("kind", "n_kept"),
-    [(kind, n) for kind in INDEX_KINDS for n in (1800,)]
-    + rarely(*((kind, n) for kind in INDEX_KINDS for n in (2990, 300) if (kind, n) != ("ivf", 300))),
+    [
+        *((kind, 1800) for kind in INDEX_KINDS),
+        *(("scan", 2990), ("graph", 300)),
+        *rarely(*((kind, 2990) for kind in ("exact", "ivf", "graph", "page"))),
+        *rarely(*((kind, 300) for kind in ("exact", "scan", "page"))),
+    ],
 )
 def test_what_stays_is_found(kind, n_kept, scene):
     index = build_index(kind, scene.keys, scene.queries)

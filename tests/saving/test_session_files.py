@@ -93,7 +93,8 @@ def test_any_text_comes_back(llm, tmp_path):
     ("index", "kv_dtype", "on_disk"),
     [
         ("scan", "int8", True),
-        *rarely(("graph", "auto", False), ("graph", "int8", True), ("scan", "int8", False), ("page", "auto", True)),
+        ("graph", "auto", False),
+        *rarely(("graph", "int8", True), ("scan", "int8", False), ("page", "auto", True)),
     ],
 )
 def test_restored_is_the_same_to_the_bit(folder, tmp_path, kv_dtype, on_disk, index):

@@ -61,7 +61,7 @@ def test_few_keys_say_something_else(bench):
     assert other.token_ids != full.token_ids
 
 
-@pytest.mark.parametrize("label", ["streaming", "graph", *rarely("full", "scan", "hnsw")])
+@pytest.mark.parametrize("label", ["full", "streaming", "graph", *rarely("scan", "hnsw")])
 def test_forks_and_turns_do_not_see_each_other(bench, label):
     """Many questions of one context, a history with another answer than was given: as if nothing had been before."""
     config = ra.RetrievalConfig(top_k=8, n_sink=4, n_local=16, followup="retrieve", exact_below=0)
