@@ -191,7 +191,8 @@ def _read_tokenizer(checkpoint: Checkpoint) -> Any:
             if checkpoint.header is None and not tokenizer.chat_template:
                 tokenizer.chat_template = stored_template(source)
             return tokenizer
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, ImportError) as error:
+        # ImportError: transformers 4.57 asks for protobuf where there is no tokenizer at all.
         reason = first_line(error).rstrip(":")
         raise ValueError(f"the tokenizer at {checkpoint.source!r} cannot be loaded: {reason}") from error
 
