@@ -4,6 +4,7 @@ Parts of a file can lie over a part of it ("cover"): they are read from the file
 memory. So a fork shares what it has in common with its origin, and a restored session is read where it lies.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -70,6 +71,7 @@ class AddressSpace:
         self._maybe_covered: list[tuple[int, int]] = []
         self._surely_covered: list[tuple[int, int]] = []
         self._on_disk: dict[int, int] = {}
+        self._huge = False
         self._buffer = _reserve(self.n_bytes, self.file)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
 
@@ -91,6 +93,19 @@ class AddressSpace:
             upto = min(self.n_bytes, -(-stop // _DISK_STEP) * _DISK_STEP)
             _allocate(self.file, done, upto)
             self._on_disk[first] = upto
+
+    def prefer_huge_pages(self) -> None:
+        """What is written from now on lies in huge pages where the system has them.
+
+        Retrieved rows lie far apart: in small pages every one of them would miss the TLB. In huge ones whatever is
+        touched takes a whole one, which is much more than a short text needs.
+        """
+        if self._huge or self.file is not None or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return
+        self._huge = True
+        # A kernel without huge pages takes the wish for an error.
+        with contextlib.suppress(OSError):
+            self._buffer.madvise(mmap.MADV_HUGEPAGE)
 
     def _covered_until(self, first: int) -> int:
         """Where the covers end that lie over `first` and on from there."""
@@ -182,17 +197,13 @@ def _reserve(n_bytes: int, file: OpenFile | None) -> mmap.mmap:
     try:
         if file is not None:
             return mmap.mmap(file.descriptor, n_bytes)
-        buffer = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
     except (OSError, ValueError) as error:
         free = os.sysconf("SC_AVPHYS_PAGES") * PAGE
         raise MemoryError(
             f"the system refused {n_bytes / 2**30:.2f} GiB of address space, {free / 2**30:.2f} GiB of memory are "
             f"free ({error}); raise the process limit (ulimit -v), or {OUT_OF_MEMORY}"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Retrieved rows lie far apart: with 4 KiB pages every one of them would miss the TLB.
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
 
 
 _loading = threading.Lock()

@@ -11,6 +11,9 @@ from retrieval_attn.kv.address_space import CAN_COVER, PAGE, AddressSpace, Cover
 # Fewer rows than this that a fork does not share yet are copied; more are moved to where it can share them.
 FEW = 4096
 
+# Bytes of its own rows from which on a head is given huge pages, each as large as this.
+HUGE_PAGE = 1 << 21
+
 
 class SharedRows:
     """(G, capacity, D) of one dtype, of which the first rows are in use; room that is not takes no memory.
@@ -51,6 +54,8 @@ class SharedRows:
         """Make sure that `length` rows can be written; raises OSError if a disk is full."""
         for first in self._starts():
             self._pages.ensure(first, first + length * self._row)
+        if (length - self._shared) * self._row > HUGE_PAGE:
+            self._pages.prefer_huge_pages()
 
     def forget(self, length: int) -> None:
         """The rows from `length` on may be written anew."""

@@ -2,9 +2,11 @@
 
 import mmap
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,6 +30,23 @@ def rows_of(content, folder=None):
     rows = SharedRows(heads, CAPACITY, dim, content.dtype, folder)
     rows.write(0, content)
     return rows
+
+
+def huge_pages():
+    """Whether the system gives them to memory that asks."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return switch.exists() and "[never]" not in switch.read_text()
+
+
+def in_huge_pages(tensor):
+    """Bytes of the mapping of a tensor that lie in huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no mapping holds it")
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -100,6 +119,30 @@ def test_forks_share_memory():
     forks = [rows.fork(131_072) for _ in range(10)]
     assert before - psutil.virtual_memory().available < 16 << 20
     assert all(float(fork.tensor[1, 131_071, 63]) == 1 for fork in [first, *forks])
+
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+
+def test_a_few_rows_take_a_few_pages():
+    """Not a huge page per head: a short session of a model of 32 layers and 8 heads would take a gigabyte."""
+    new = numbers(16, heads=32, dim=64, dtype=torch.bfloat16)
+    before = resident()
+    rows = SharedRows(32, 1 << 17, 64, torch.bfloat16)
+    rows.write(0, new)
+    assert resident() - before < 2 << 20
+    assert torch.equal(rows.tensor[:, :16], new)
+
+
+@pytest.mark.skipif(not huge_pages(), reason="this system gives no huge pages")
+def test_many_rows_lie_in_huge_pages():
+    """Retrieved rows lie far apart; in small pages each would miss the TLB."""
+    rows = SharedRows(2, 1 << 18, 64, torch.float32)
+    for start in range(0, 1 << 17, 1 << 12):
+        rows.write(start, torch.ones((2, 1 << 12, 64)))
+    held = 2 * (1 << 17) * 64 * 4
+    assert in_huge_pages(rows.tensor) > 0.8 * held
 
 
 @pytest.mark.parametrize("offset", [0, 8, 4096, 5000, 123_456])
