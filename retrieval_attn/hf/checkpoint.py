@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from retrieval_attn.hf.auto_class import auto_class
 from retrieval_attn.hf.chat_template import stored_template
 from retrieval_attn.hf.gguf_header import MAGIC, GgufHeader, read_header
+from retrieval_attn.hf.gguf_parts import join, of_one_model, whole_header
 from retrieval_attn.hf.gguf_rope import with_scaled_positions
 from retrieval_attn.hf.positions import scaled_positions
 from retrieval_attn.hf.served import refuse_unserved
@@ -44,8 +46,9 @@ _MUST_AGREE = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model lies. source: a folder or hub id, as transformers takes it; of a GGUF file, its own path.
+    """Where a model lies.
 
+    source: a folder or hub id, as transformers takes it; the path of a GGUF file, or of the first of its parts.
     header: of a GGUF file, else None.
     """
 
@@ -53,16 +56,22 @@ class Checkpoint:
     header: GgufHeader | None = None
 
     @contextmanager
-    def arguments(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What `from_pretrained` is called with.
+    def arguments(self, weights: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What `from_pretrained` is called with. weights: whether it reads them, too.
 
         A GGUF file is named from within an empty folder: of what lies beside it, as other tokenizers, nothing is read.
+        Parts are joined in that folder, as transformers reads whole files alone.
         """
         if self.header is None:
             yield self.source, {}
             return
-        with tempfile.TemporaryDirectory() as empty:
-            yield empty, {"gguf_file": self.source}
+        in_parts = self.header.fields.get("split.count", 1) > 1
+        # Beside the parts there is room for as many bytes rather than where temporary files lie, often in memory.
+        beside = self.header.path.parent if in_parts and os.access(self.header.path.parent, os.W_OK) else None
+        with tempfile.TemporaryDirectory(dir=beside) as folder:
+            if in_parts:
+                join(self.header, Path(folder) / "whole.gguf", weights)
+            yield folder, {"gguf_file": "whole.gguf" if in_parts else self.source}
 
 
 def find_checkpoint(model: str | Path) -> Checkpoint:
@@ -89,7 +98,7 @@ def find_checkpoint(model: str | Path) -> Checkpoint:
 def _of_folder(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("*.gguf"))
     if files and not (folder / "config.json").exists():
-        if len(files) > 1:
+        if len(files) > 1 and not of_one_model(files):
             names = ", ".join(file.name for file in files)
             raise ValueError(f"{folder} holds {len(files)} GGUF files ({names}); name the one to load")
         return _of_gguf(files[0])
@@ -121,21 +130,18 @@ def _of_gguf(path: Path) -> Checkpoint:
     absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if absent:
         raise ImportError(f"a GGUF file needs {' and '.join(absent)}; pip install {' '.join(absent)}")
-    header = read_header(path)
-    _refuse_what_is_no_model(path, header)
-    return Checkpoint(str(path.absolute()), header)
+    header = read_header(path.absolute())
+    if header.fields.get("split.count", 1) > 1:
+        header = whole_header(header)
+    _refuse_what_is_no_model(header)
+    return Checkpoint(str(header.path), header)
 
 
-def _refuse_what_is_no_model(path: Path, header: GgufHeader) -> None:
-    kind, n_parts = header.fields.get("general.type", "model"), header.fields.get("split.count", 1)
+def _refuse_what_is_no_model(header: GgufHeader) -> None:
+    kind = header.fields.get("general.type", "model")
     if kind != "model":
         what = "a LoRA adapter" if kind == "adapter" else f"no model but {kind!r}"
-        raise ValueError(f"{path} holds {what}; give the GGUF file of the model itself")
-    if n_parts > 1:
-        raise ValueError(
-            f"{path} is part {header.fields.get('split.no', 0) + 1} of {n_parts}, and transformers reads only whole "
-            "files; join them with llama.cpp: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
-        )
+        raise ValueError(f"{header.path} holds {what}; give the GGUF file of the model itself")
 
 
 def read_config(checkpoint: Checkpoint, rope: str | None = None) -> Any:
@@ -153,7 +159,7 @@ def read_config(checkpoint: Checkpoint, rope: str | None = None) -> Any:
         raise ValueError(f"{found.model_type!r} is not a causal language model, nor one that sees images, too")
     if checkpoint.header is not None:
         _refuse_what_was_dropped(checkpoint.source, checkpoint.header, found.get_text_config(decoder=True))
-        found = with_scaled_positions(found, checkpoint.header, Path(checkpoint.source))
+        found = with_scaled_positions(found, checkpoint.header)
     return found if rope is None else scaled_positions(found, rope)
 
 

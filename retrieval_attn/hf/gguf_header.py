@@ -31,8 +31,10 @@ _FLOAT32 = 0
 
 
 class TensorPlace(NamedTuple):
-    """start and end: bytes, from where the first tensor begins. kind: of its numbers, as `gguf` counts them."""
+    """start and end: bytes of the file. kind: of its numbers, as `gguf` counts them."""
 
+    file: Path
+    shape: tuple[int, ...]
     kind: int
     start: int
     end: int
@@ -40,16 +42,29 @@ class TensorPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """fields: numbers and texts by name; of a list, its length. tensors: by name. start: the byte where they begin."""
+    """fields: numbers and texts by name; of a list, its length. tensors: by name, in all files of a model in parts.
 
+    path: of the file, or of the first part.
+    fields_end: the byte where the fields end, and the descriptions of tensors begin.
+    """
+
+    path: Path
     fields: Mapping[str, Any]
     tensors: Mapping[str, TensorPlace]
-    start: int
+    fields_end: int
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the whole file."""
-        return self.start + max((tensor.end for tensor in self.tensors.values()), default=0)
+        """Bytes of the file, or of all parts, up to the last tensor."""
+        ends: dict[Path, int] = {}
+        for tensor in self.tensors.values():
+            ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.end)
+        return sum(ends.values())
+
+    @property
+    def alignment(self) -> int:
+        """A tensor begins at a multiple of this many bytes."""
+        return int(self.fields.get("general.alignment", 32))
 
     @property
     def architecture(self) -> str:
@@ -64,14 +79,14 @@ class GgufHeader:
         """The name of a field without the architecture's."""
         return field.removeprefix(f"{self.architecture}.")
 
-    def numbers(self, path: Path, name: str) -> NDArray[np.float32]:
+    def numbers(self, name: str) -> NDArray[np.float32]:
         """The numbers of a float32 tensor, read from the file. ValueError for other numbers."""
-        kind, start, end = self.tensors[name]
-        if kind != _FLOAT32:
-            raise ValueError(f"{path} is damaged: {name} must be float32")
-        with path.open("rb") as file:
-            file.seek(self.start + start)
-            return np.frombuffer(file.read(end - start), "<f4")
+        place = self.tensors[name]
+        if place.kind != _FLOAT32:
+            raise ValueError(f"{place.file} is damaged: {name} must be float32")
+        with place.file.open("rb") as file:
+            file.seek(place.start)
+            return np.frombuffer(file.read(place.end - place.start), "<f4")
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -133,22 +148,24 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     if version not in _VERSIONS:
         raise ValueError(f"{path} has version {version} of GGUF; versions {' and '.join(map(str, _VERSIONS))} are read")
     fields = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_fields)}
-    tensors = dict(_tensor(cursor, path) for _ in range(n_tensors))
-    alignment = fields.get("general.alignment", 32)
+    alignment, fields_end = fields.get("general.alignment", 32), cursor.at
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"{path} is damaged: its general.alignment is {alignment!r}")
-    return GgufHeader(fields, tensors, -(-cursor.at // alignment) * alignment)
+    tensors = dict(_tensor(cursor, path) for _ in range(n_tensors))
+    start = -(-cursor.at // alignment) * alignment
+    places = {name: place._replace(start=start + place.start, end=start + place.end) for name, place in tensors.items()}
+    return GgufHeader(path, fields, places, fields_end)
 
 
 def _tensor(cursor: _Cursor, path: Path) -> tuple[str, TensorPlace]:
-    """A tensor's name, and where it lies."""
+    """A tensor's name, and where it lies, counted from where the first tensor begins."""
     name = cursor.text()
-    n = prod(cursor.number("Q") for _ in range(cursor.number("I")))
+    shape = tuple(cursor.number("Q") for _ in range(cursor.number("I")))
     kind, offset = cursor.number("I"), cursor.number("Q")
     if kind not in _block_sizes():
         raise ValueError(f"{path} holds numbers of kind {kind} in {name}, which the package gguf does not know")
     block, n_bytes = _block_sizes()[kind]
-    return name, TensorPlace(kind, offset, offset + n // block * n_bytes)
+    return name, TensorPlace(path, shape, kind, offset, offset + prod(shape) // block * n_bytes)
 
 
 @cache

@@ -1,7 +1,6 @@
 """How a GGUF file scales positions, as a transformers config says it. transformers reads it of gpt-oss alone."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 _SAID = {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
 
-def with_scaled_positions(model_config: Any, header: GgufHeader, path: Path) -> Any:
+def with_scaled_positions(model_config: Any, header: GgufHeader) -> Any:
     """A model's config with the scaling that its file says; itself, where the file says none or transformers read it.
 
     Raises ValueError, in one line, for scaling that is not known: the model's text would be wrong.
@@ -32,7 +31,7 @@ def with_scaled_positions(model_config: Any, header: GgufHeader, path: Path) -> 
     if (kind == "none" and not factors and said <= _SAID) or any(kind_of(rope) != "default" for rope in ropes_of(text)):
         return model_config
     if kind == "none" and factors == {_FACTORS}:
-        asked = _llama3(text, header.numbers(path, _FACTORS))
+        asked = _llama3(text, header.numbers(_FACTORS))
     elif kind in ("linear", "yarn") and not factors and said <= _SAID:
         asked = _by_factor(kind, header)
     else:
@@ -40,8 +39,8 @@ def with_scaled_positions(model_config: Any, header: GgufHeader, path: Path) -> 
     if asked is None:
         named = ", ".join(sorted(factors | said))
         raise ValueError(
-            f"{str(path)!r} scales positions (RoPE) as is not read from a GGUF file ({named}); load the folder that it "
-            "was made from"
+            f"{str(header.path)!r} scales positions (RoPE) as is not read from a GGUF file ({named}); load the folder "
+            "that it was made from"
         )
     return with_rope(model_config, asked)
 

@@ -23,7 +23,7 @@ def load_weights(
     Raises ValueError, in one line, for weights that cannot be read, and for a checkpoint without all of them.
     """
     try:
-        with checkpoint.arguments() as (source, named):
+        with checkpoint.arguments(weights=True) as (source, named):
             model, report = auto_class(model_config).from_pretrained(
                 source, config=model_config, attn_implementation=attention, output_loading_info=True,
                 # Reported then, instead of raised in many lines.

@@ -26,10 +26,17 @@ _NAMES = {
 
 
 def save_tiny_gguf(
-    path: Path, architecture: str = "llama", without: str = "", rope_freqs: Any = None, **fields: Any
+    path: Path,
+    architecture: str = "llama",
+    without: str = "",
+    rope_freqs: Any = None,
+    per_part: int = 0,
+    fields_apart: bool = False,
+    **fields: Any,
 ) -> Path:
     """Write the file. without: the name of a tensor to leave out. rope_freqs: what to divide frequencies by.
 
+    per_part: how many tensors a part holds, if there are to be parts. fields_apart: the first holds none.
     fields: more, or others, "__" standing for a dot.
     """
     tokenizer = byte_tokenizer()
@@ -37,7 +44,7 @@ def save_tiny_gguf(
     config.vocab_size = len(tokenizer)
     model = MODELS["llama"][0](config)
     sharpen(model)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=per_part, small_first_shard=fields_apart)
     _write_fields(writer, config, tokenizer)
     for name, value in fields.items():
         write: Any = {str: writer.add_string, float: writer.add_float32}.get(type(value), writer.add_uint32)

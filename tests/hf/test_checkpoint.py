@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,13 +133,76 @@ def test_other_files_by_that_name_are_refused(whole, tmp_path):
         find_checkpoint(other)
 
 
+def parts(place, **other):
+    """The parts that a tiny GGUF file comes in, the first first."""
+    written(place, per_part=12, **other)
+    return sorted(place.glob("*.gguf"))
+
+
+@reads_gguf
+@pytest.mark.parametrize("fields_apart", [False, True])
+def test_parts_are_read_as_the_whole(whole, tmp_path, fields_apart):
+    """Named by their folder or by any of them, and nothing is left beside them."""
+    found = parts(tmp_path, fields_apart=fields_apart)
+    assert len(found) == 3 + fields_apart
+    llm = ra.load(whole, CONFIG)
+    expected = llm.generate(TEXT, max_new_tokens=20).token_ids
+    for asked in (tmp_path, found[0], found[-1]):
+        again = ra.load(asked, CONFIG)
+        assert again.generate(TEXT, max_new_tokens=20).token_ids == expected
+        for ours, theirs in zip(again.model.parameters(), llm.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert sorted(tmp_path.iterdir()) == found
+
+
+@reads_gguf
+def test_parts_are_planned_for_without_their_weights(whole, tmp_path):
+    from retrieval_attn.terminal.plan_report import estimate_memory
+
+    parts(tmp_path)
+    (found,), (expected,) = (estimate_memory(model, [1000], CONFIG, device="cpu") for model in (tmp_path, whole))
+    weights = ("checkpoint", "weights")
+    kept = [{name: plan.phases[0].host_terms[name] for name in weights} for plan in (found, expected)]
+    assert kept[0]["weights"] == kept[1]["weights"]
+    assert 0 <= kept[0]["checkpoint"] - kept[1]["checkpoint"] < 1000
+    with find_checkpoint(tmp_path).arguments() as (folder, named):
+        joined = Path(folder) / named["gguf_file"]
+        assert joined.stat().st_size > 64 * joined.stat().st_blocks
+
+
+@reads_gguf
+def test_factors_of_positions_are_read_from_the_part_that_holds_them(tmp_path):
+    """They are the last tensor."""
+    parts(tmp_path, rope_freqs=factors_of(LLAMA3))
+    assert read_config(find_checkpoint(tmp_path)).rope_parameters["factor"] == 8
+
+
+@reads_gguf
+def test_parts_that_are_no_whole_are_refused(tmp_path):
+    found = parts(tmp_path)
+    second = found[1].read_bytes()
+    found[1].unlink()
+    with pytest.raises(FileNotFoundError, match=rf"part 2 of 3 is missing: {found[1]}"):
+        ra.load(tmp_path)
+    found[1].write_bytes(second[:-200])
+    with pytest.raises(ValueError, match="00002-of-00003.gguf is cut"):
+        ra.load(tmp_path)
+    shutil.copy(found[2], found[1])
+    with pytest.raises(ValueError, match="00002-of-00003.gguf says that it is part 3 of 3; download it again"):
+        ra.load(tmp_path)
+    found[1].write_bytes(second)
+    shutil.copy(found[0], tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match="holds 4 GGUF files"):
+        ra.load(tmp_path)
+
+
 @reads_gguf
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"general__type": "adapter"}, "holds a LoRA adapter; give the GGUF file of the model itself"),
         ({"general__type": "mmproj"}, "holds no model but 'mmproj'"),
-        ({"split__count": 3, "split__no": 1}, r"is part 2 of 3, .* llama-gguf-split --merge"),
+        ({"split__count": 3, "split__no": 1}, "is one of 3 parts; name them MODEL-00001-of-00003.gguf and so on"),
         ({"architecture": "frobnicator"}, "cannot be loaded: GGUF model with architecture frobnicator is not"),
         ({"llama__attention__sliding_window": 64}, "says attention.sliding_window=64, but transformers reads"),
         ({"llama__rope__scaling__type": "yarn"}, r"scales positions .* not read .*\(rope.scaling.type\)"),
