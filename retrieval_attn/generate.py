@@ -24,6 +24,9 @@ from retrieval_attn.plan.terms import ModelShape, stored_kv
 
 REPORT_EVERY_S = 0.2
 
+# Passes of a long prefill after which a mark is made, for an interruption to go back to.
+MARK_EVERY = 8
+
 # Tokens of a context to which neither the model nor the user has set a limit.
 UNBOUNDED = 1 << 60
 
@@ -210,7 +213,7 @@ class Request:
         self.cache.mark()
         self._on_progress(Progress("prefill", 0, n))
         with self.cache.working(), self.cache.retrieving() if follows else self.cache.exact():
-            for stop in self._stops(n, want_logits):
+            for n_passes, stop in enumerate(self._stops(n, want_logits), 1):
                 part = torch.tensor([ids[held + done : held + stop]], device=self.model.device)
                 if want_logits and stop == n:
                     logits = self._passes.logits(part, len(ids))
@@ -218,6 +221,8 @@ class Request:
                     self._passes.read(part, len(ids))
                 if stop == n - want_logits:
                     self.cache.mark()
+                elif stop < n and n_passes % MARK_EVERY == 0:
+                    self.cache.mark(passing=True)
                 done = stop
                 self._on_progress(Progress("prefill", done, n))
         self.stats.prefill_s += time.perf_counter() - started

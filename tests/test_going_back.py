@@ -137,6 +137,25 @@ def test_interrupted_between_two_layers(llm, monkeypatch, at):
     assert done.stats.reused_tokens >= n_read
 
 
+def test_a_long_reading_that_is_interrupted_goes_on_from_its_last_mark(llm, monkeypatch):
+    """The marks that it leaves on its way are gone when it ends."""
+    monkeypatch.setattr("retrieval_attn.generate.MARK_EVERY", 2)
+    session = llm.session()
+
+    def interrupt(progress):
+        if progress.done == 2 * CONFIG.prefill_chunk:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.read(TEXT, on_progress=interrupt)
+    # In the midst of a pass nothing is held but what was marked.
+    with pytest.raises(KeyboardInterrupt), session.cache.moving():
+        raise KeyboardInterrupt
+    done = assert_as_alone(llm, session, lambda: session.ask(TEXT, max_new_tokens=6))
+    assert done.stats.reused_tokens == 2 * CONFIG.prefill_chunk
+    assert not any(mark.passing for mark in session.cache._marks)
+
+
 def test_marks_are_few_and_counted(llm):
     session = llm.session()
     session.read(TEXT)

@@ -188,15 +188,16 @@ class RetrievalCache(DynamicCache):
         except ValueError:
             self.spoiled = True
 
-    def mark(self) -> None:
+    def mark(self, passing: bool = False) -> None:
         """Remember what sliding-window and recurrent layers hold now, so that `crop` can come back to this length.
 
         Costs nothing for a model without such layers. Few marks are kept (see `marks.kept_of`), in CPU memory; those of
-        tokens that are dropped go with them.
+        tokens that are dropped go with them. A passing mark is kept until the next one is made.
         """
         n_tokens, others = self.get_seq_length(), self._others()
         if others and n_tokens and not self._marked_at(n_tokens):
-            self._marks = kept_of([*self._marks, marked(n_tokens, others)])
+            lasting = [mark for mark in self._marks if not mark.passing]
+            self._marks = kept_of([*lasting, marked(n_tokens, others, passing)])
 
     @property
     def wants_marks(self) -> bool:

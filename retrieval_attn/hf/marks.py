@@ -18,10 +18,14 @@ MOST_MARKS = 4
 
 @dataclass(frozen=True)
 class Mark:
-    """Layers as they were when the cache held `n_tokens`, by their numbers, in CPU memory; never changed."""
+    """Layers as they were when the cache held `n_tokens`, by their numbers, in CPU memory; never changed.
+
+    passing: made in the midst of a text, where an interrupted reading goes on, and of no use once it is read.
+    """
 
     n_tokens: int
     layers: Mapping[int, Any]
+    passing: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -29,9 +33,9 @@ class Mark:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in _tensors(vars(layer)))
 
 
-def marked(n_tokens: int, layers: Mapping[int, Any]) -> Mark:
+def marked(n_tokens: int, layers: Mapping[int, Any], passing: bool = False) -> Mark:
     """A mark of these layers."""
-    return Mark(n_tokens, {i: copied(layer, torch.device("cpu")) for i, layer in layers.items()})
+    return Mark(n_tokens, {i: copied(layer, torch.device("cpu")) for i, layer in layers.items()}, passing)
 
 
 def kept_of(marks: Sequence[Mark]) -> tuple[Mark, ...]:
