@@ -1,6 +1,6 @@
 """`load` a model, then `generate`, `stream`, or hold a `session`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, overload
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrieval_attn.batch import BatchRequest, is_batch, sampling_per_row, total_plan
 from retrieval_attn.config import RetrievalConfig, Sampling
+from retrieval_attn.detokeniser import text_of
 from retrieval_attn.generate import Completion, OnProgress, Request, longest_context
 from retrieval_attn.hf.attention import NAME, register
 from retrieval_attn.hf.cache import RetrievalCache, prefill_patterns
@@ -152,9 +153,11 @@ class LLM:
         total_plan([self.plan(len(row) + n) for row, n in zip(ids, n_new, strict=True)]).check()
         request = BatchRequest(self.model, self.new_cache(), self.stop_ids(), on_progress)
         rows = request.answer(ids, samplings)
-        return [Completion(self.decode(row.answer), row.answer, row.stats) for row in rows]
+        return [Completion(text_of(self.decode, row.answer), row.answer, row.stats) for row in rows]
 
-    def stream(self, prompt: Prompt, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, on_progress: OnProgress | None = None, **sampling: Any
+    ) -> Generator[str, None, None]:
         """Yield the answer to one prompt piece by piece; options as in `generate`."""
         return self.session().stream_answer(self.encode(prompt), on_progress=on_progress, **sampling)
 

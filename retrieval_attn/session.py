@@ -2,16 +2,20 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from retrieval_attn.config import RetrievalConfig
+from retrieval_attn.detokeniser import Detokeniser
 from retrieval_attn.generate import Completion, GenerationStats, OnProgress, Request
 from retrieval_attn.hf.cache import RetrievalCache
 from retrieval_attn.plan.plan import MemoryPlan
 from retrieval_attn.saving.session_files import save_session
 from retrieval_attn.saving.session_state import SessionState
+from retrieval_attn.threads.one_at_a_time import OneAtATime
 
 log = logging.getLogger("retrieval_attn")
 
@@ -21,6 +25,8 @@ _REPLY = "QQQreplyQQQ"
 
 # What stands between the texts of one user turn.
 _BETWEEN = "\n\n"
+
+_BUSY = "the session is at work, in another thread or around this call; wait for it, or fork() the session"
 
 
 class ConversationModel(Protocol):
@@ -91,26 +97,32 @@ class Session:
     Generated ids are kept as they are, never re-encoded, so the cached prefix always fits. An interrupted or failed
     turn loses nothing: the conversation stays what it was (with what was answered so far), and tokens that were
     prefilled are reused if they are asked again; with windows or recurrent layers, those up to the last mark (see
-    `RetrievalCache.mark`). Not for use from two threads at once.
+    `RetrievalCache.mark`).
+
+    One answer is under way at a time: `ask`, `stream`, `read`, `regenerate`, `answer`, `save`, `fork` and `clear` end a
+    stream that is still open, and what it has said is kept as if it had been closed. Such a call raises RuntimeError
+    while another is at work, in another thread or around a progress callback; use forks in other threads.
     """
 
     def __init__(self, llm: ConversationModel, system: str | None = None, cache: RetrievalCache | None = None) -> None:
         self.llm = llm
         self.system = system
         self.cache = llm.new_cache() if cache is None else cache
-        self.token_ids: list[int] = []
         self.messages: list[dict[str, str]] = []
         self.last: Completion | None = None
-        self._cached: list[int] = []  # the ids whose keys the cache holds
+        self._token_ids: list[int] = []
+        self._cached: list[int] = []  # of their beginning the cache holds the keys, however far a request has come
         self._answer_start: int | None = None
         self._turn_open = False
+        self._open: weakref.ref[Generator[str, None, None]] | None = None
+        self._turns = OneAtATime(_BUSY)
 
     @classmethod
     def resumed(cls, llm: ConversationModel, cache: RetrievalCache, state: SessionState) -> "Session":
         """The conversation whose `state` this is; the cache holds the keys of the state's `cached_ids`."""
         session = cls(llm, state.system, cache)
         session._cached = list(state.cached_ids)
-        session.token_ids, session.messages = list(state.token_ids), list(state.messages)
+        session._token_ids, session.messages = list(state.token_ids), list(state.messages)
         session._answer_start, session._turn_open = state.answer_start, state.turn_open
         return session
 
@@ -119,11 +131,20 @@ class Session:
         return SessionState(
             system=self.system,
             messages=tuple(self.messages),
-            token_ids=tuple(self.token_ids),
-            cached_ids=tuple(self._cached),
+            token_ids=tuple(self._token_ids),
+            cached_ids=tuple(self._held()),
             answer_start=self._answer_start,
             turn_open=self._turn_open,
         )
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of all that was said, those that an open stream has drawn by now too; a copy."""
+        return list(self._token_ids)
+
+    @token_ids.setter
+    def token_ids(self, ids: list[int]) -> None:
+        self._token_ids = list(ids)
 
     def ask(self, text: str, *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
         """Answer a user's turn, after everything said before; options as in `LLM.generate`."""
@@ -132,13 +153,16 @@ class Session:
         assert self.last is not None
         return self.last
 
-    def stream(self, text: str, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self, text: str, *, on_progress: OnProgress | None = None, **sampling: Any
+    ) -> Generator[str, None, None]:
         """As `ask`, but yields the answer piece by piece."""
         if not text:
             raise ValueError("the question is empty; say something")
-        around = self._around_turn()
-        ids = self._extended(around.before + text + around.after)
-        return self._stream_turn(ids, self._with_user_text(text), on_progress, sampling)
+        with self._alone():
+            around = self._around_turn()
+            ids = self._extended(around.before + text + around.after)
+            return self._opened(self._stream_turn(ids, self._with_user_text(text), on_progress, sampling))
 
     def read(self, text: str, *, on_progress: OnProgress | None = None) -> GenerationStats:
         """Put a text into the user's turn and prefill it now; the question comes with the next `ask`.
@@ -147,22 +171,27 @@ class Session:
         """
         if not text.strip():
             raise ValueError("the text is empty; there is nothing to read")
-        ids = self._extended(self._around_turn().before + text)
-        request = self._begin(ids, on_progress, {})
-        try:
+        with self._alone():
+            ids = self._extended(self._around_turn().before + text)
+            request = self._begin(ids, on_progress, {})
             request.read(ids)
-        finally:
-            self._cached = ids[: self.cache.get_seq_length()]
-        self.messages = self._with_user_text(text)
-        self.token_ids, self._turn_open = ids, True
-        return request.stats
+            self._put_unanswered(text, ids)
+            return request.stats
 
-    def regenerate(self, *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
-        """Answer the last turn again; yields the new answer, which replaces the old one."""
-        if self._answer_start is None:
-            raise ValueError("there is no answer to regenerate; ask something first")
-        asked = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
-        return self._stream_turn(self.token_ids[: self._answer_start], asked, on_progress, sampling)
+    def regenerate(self, *, on_progress: OnProgress | None = None, **sampling: Any) -> Generator[str, None, None]:
+        """Answer the last turn again; yields the new answer, which replaces the old one.
+
+        A text that was read after the old answer stands after the new one.
+        """
+        with self._alone():
+            if self._answer_start is None:
+                raise ValueError("there is no answer to regenerate; ask something first")
+            unanswered = self.messages[-1]["content"] if self._turn_open else ""
+            asked = self.messages[:-1] if unanswered else self.messages
+            if asked and asked[-1]["role"] == "assistant":
+                asked = asked[:-1]
+            ids = self._token_ids[: self._answer_start]
+            return self._opened(self._stream_turn(ids, asked, on_progress, sampling, unanswered))
 
     def fork(self) -> "Session":
         """An independent session that goes on from here: what was read is shared, copy-on-write, and not read again.
@@ -170,18 +199,21 @@ class Session:
         So many questions can be asked of one document, none seeing the others. Waits for index builds that are under
         way. Forks may go on in threads of their own.
         """
-        self._mend()
-        twin = copy.copy(self)
-        twin.cache = self.cache.fork()
-        # Lists are replaced as a session goes on, never changed.
-        return twin
+        with self._alone():
+            self._mend()
+            twin = copy.copy(self)
+            twin.cache = self.cache.fork()
+            twin._turns = OneAtATime(_BUSY)
+            # Lists are replaced when a session goes on, and changed by an open stream alone.
+            return twin
 
     def clear(self) -> None:
         """Forget the whole conversation."""
-        self.cache.cancel_builds()
-        self.cache = self.llm.new_cache()
-        self.token_ids, self.messages, self._cached = [], [], []
-        self.last, self._answer_start, self._turn_open = None, None, False
+        with self._alone():
+            self.cache.cancel_builds()
+            self.cache = self.llm.new_cache()
+            self._token_ids, self.messages, self._cached = [], [], []
+            self.last, self._answer_start, self._turn_open = None, None, False
 
     def answer(self, ids: list[int], *, on_progress: OnProgress | None = None, **sampling: Any) -> Completion:
         """Continue a token sequence that stands for the whole conversation so far."""
@@ -190,53 +222,110 @@ class Session:
         assert self.last is not None
         return self.last
 
-    def stream_answer(self, ids: list[int], *, on_progress: OnProgress | None = None, **sampling: Any) -> Iterator[str]:
+    def stream_answer(
+        self, ids: list[int], *, on_progress: OnProgress | None = None, **sampling: Any
+    ) -> Generator[str, None, None]:
         """As `answer`, but yields pieces of text. What the cache holds of `ids` is not run again."""
-        request = self._begin(ids, on_progress, sampling)
-        answer: list[int] = []
-        pieces = _Detokeniser(self.llm.decode)
-        tokens = request.tokens(ids)
+        with self._alone():
+            return self._opened(self._stream_answer(ids, on_progress, sampling))
+
+    def _stream_answer(
+        self, ids: list[int], on_progress: OnProgress | None, sampling: dict[str, Any]
+    ) -> Generator[str, None, None]:
+        with self._turns.taken():
+            request = self._begin(ids, on_progress, sampling)
+        tokens, text, pieces = request.tokens(ids), self._cached, Detokeniser(self.llm.decode)
         try:
-            for token in tokens:
-                answer.append(token)
-                self.token_ids, self._answer_start, self._turn_open = ids + answer, len(ids), False
+            while (token := self._next(tokens)) is not None:
+                text.append(token)
+                self._put_answered(text, len(ids))
                 if piece := pieces.add(token):
                     yield piece
             if piece := pieces.flush():
                 yield piece
         finally:
             tokens.close()
-            self._cached = (ids + answer)[: self.cache.get_seq_length()]
-            self.last = Completion(self.llm.decode(answer), answer, request.stats)
+            pieces.flush()
+            if len(text) > len(ids):
+                # Once more: an interruption may have come between.
+                self._put_answered(text, len(ids))
+            self.last = Completion(pieces.text, text[len(ids) :], request.stats)
+
+    def _next(self, tokens: Iterator[int]) -> int | None:
+        with self._turns.taken():
+            return next(tokens, None)
 
     def _stream_turn(
-        self, ids: list[int], asked: list[dict[str, str]], on_progress: OnProgress | None, sampling: dict[str, Any]
-    ) -> Iterator[str]:
-        """Answer, and remember the turn once there is an answer, if only its first token."""
+        self,
+        ids: list[int],
+        asked: list[dict[str, str]],
+        on_progress: OnProgress | None,
+        sampling: dict[str, Any],
+        unanswered: str = "",
+    ) -> Generator[str, None, None]:
+        """Answer, and remember the turn once there is an answer, if only its first token.
+
+        unanswered: a text that stands after the answer, to be read with the question that follows it.
+        """
         self.last = None
         try:
-            yield from self.stream_answer(ids, on_progress=on_progress, **sampling)
+            yield from self._stream_answer(ids, on_progress, sampling)
         finally:
             last: Completion | None = self.last
             if last is not None and last.token_ids:
                 self.messages = [*asked, {"role": "assistant", "content": last.text}]
+                if unanswered:
+                    self._put_unanswered(unanswered, self._extended(self._around_turn().before + unanswered))
+
+    def _put_answered(self, text: list[int], start: int) -> None:
+        """The conversation's ids end with an answer, which begins at `start`."""
+        self._token_ids, self._answer_start, self._turn_open = text, start, False
+
+    def _put_unanswered(self, text: str, ids: list[int]) -> None:
+        """A text of the user's turn that no answer has followed yet; ids: of the conversation up to its end."""
+        self.messages = self._with_user_text(text)
+        self._token_ids, self._turn_open = ids, True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, nobody else changes the session: a stream that is open is ended first, and a call beside this one is
+        an error."""
+        with self._turns.taken():
+            stream = None if self._open is None else self._open()
+            if stream is not None:
+                stream.close()
+            self._open = None
+            yield
+
+    def _opened(self, stream: Generator[str, None, None]) -> Generator[str, None, None]:
+        self._open = weakref.ref(stream)
+        return stream
 
     def save(self, directory: str | Path) -> None:
         """Write the conversation with its keys, values and indexes to a new folder; see `LLM.restore`."""
-        self._mend()
-        save_session(Path(directory), self.state(), self.cache, self.llm.model)
+        with self._alone():
+            self._mend()
+            save_session(Path(directory), self.state(), self.cache, self.llm.model)
 
     def _begin(self, ids: list[int], on_progress: OnProgress | None, sampling: dict[str, Any]) -> Request:
-        """Check what is asked, drop what the cache holds beyond the common prefix, and make the request."""
+        """Check what is asked, drop what the cache holds beyond the common prefix, and make the request.
+
+        From here on `_cached` begins with `ids`.
+        """
         self._mend()
         request = self.llm.request(self.cache, on_progress, sampling)
         self.llm.encode(ids)
         self.llm.plan(len(ids) + request.sampling.max_new_tokens).check(already=self._bytes_held())
-        keep = min(_common_prefix(ids, self._cached), len(ids) - 1)
-        if keep < len(self._cached):
+        held = self._held()
+        keep = min(_common_prefix(ids, held), len(ids) - 1)
+        if keep < len(held):
             self._go_back(keep)
-        request.cache = self.cache
+        request.cache, self._cached = self.cache, list(ids)
         return request
+
+    def _held(self) -> list[int]:
+        """The ids whose keys the cache holds."""
+        return self._cached[: self.cache.get_seq_length()]
 
     def _bytes_held(self) -> int:
         indexes = (memory.far_index.if_built for memory in self.cache.memories)
@@ -244,22 +333,20 @@ class Session:
         return stored + sum(index.nbytes for index in indexes if index is not None)
 
     def _mend(self) -> None:
-        """After an interruption, wherever it struck: all layers hold the same tokens, and they are the ones we name."""
+        """After an interruption, wherever it struck: all layers hold the same tokens."""
         self.cache.settle()
         if self.cache.spoiled:
             log.warning("the last turn was interrupted where this model cannot go back; prefilling anew")
-            self.cache, self._cached = self.llm.new_cache(), []
-        self._cached = self._cached[: self.cache.get_seq_length()]
+            self.cache = self.llm.new_cache()
 
     def _go_back(self, keep: int) -> None:
         """Drop all but the first `keep` of what the cache holds, or more if a layer cannot go back to just these."""
         reached = self.cache.reachable(keep) or keep
         try:
-            self.cache.crop(reached - len(self._cached))
+            self.cache.crop(reached - self.cache.get_seq_length())
         except ValueError as reason:
             log.warning("prefilling anew: %s", reason)
-            self.cache, reached = self.llm.new_cache(), 0
-        self._cached = self._cached[:reached]
+            self.cache = self.llm.new_cache()
 
     def _with_user_text(self, text: str) -> list[dict[str, str]]:
         """The messages, with a text added to the user's open turn or as a new one."""
@@ -269,10 +356,11 @@ class Session:
 
     def _extended(self, text: str) -> list[int]:
         """The conversation's ids followed by those of a text; a stop token that already stands there is not doubled."""
-        new = self.llm.encode_text(text) if self.token_ids or self._has_template else self.llm.encode(text)
-        if self.token_ids and new and new[0] == self.token_ids[-1] and new[0] in self.llm.stop_ids():
+        said = self._token_ids
+        new = self.llm.encode_text(text) if said or self._has_template else self.llm.encode(text)
+        if said and new and new[0] == said[-1] and new[0] in self.llm.stop_ids():
             new = new[1:]
-        return self.token_ids + new
+        return said + new
 
     @property
     def _has_template(self) -> bool:
@@ -282,36 +370,8 @@ class Session:
         """What comes before and after the user's next text: the template's, or a blank line within an open turn."""
         if not self._has_template:
             return Around(_BETWEEN if self._turn_open else "", "")
-        around = turn_frame(self.llm, self.system, first=self._turn_open or not self.token_ids)
+        around = turn_frame(self.llm, self.system, first=self._turn_open or not self._token_ids)
         return around._replace(before=_BETWEEN) if self._turn_open else around
-
-
-class _Detokeniser:
-    """Turns tokens into text that never shows half a character."""
-
-    # Decoding starts over from a few tokens back, so that a long answer costs no more per token than a short one.
-    _CONTEXT, _MOST = 8, 64
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []
-        self._shown = ""
-
-    def add(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        # A replacement character at the end is a character whose bytes have not all come.
-        return "" if text.endswith("\ufffd") else self._advance(text)
-
-    def flush(self) -> str:
-        return self._advance(self._decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        piece, self._shown = text[len(self._shown) :], text
-        if len(self._ids) > self._MOST:
-            self._ids = self._ids[-self._CONTEXT :]
-            self._shown = self._decode(self._ids)
-        return piece
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

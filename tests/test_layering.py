@@ -26,7 +26,18 @@ ROOMS = [
     "attention",
     "hf",
 ]
-ROOMS += ["plan", "generate", "batch", "saving", "session", "llm", "search_patterns", "terminal", "embedded"]
+ROOMS += [
+    "plan",
+    "detokeniser",
+    "generate",
+    "batch",
+    "saving",
+    "session",
+    "llm",
+    "search_patterns",
+    "terminal",
+    "embedded",
+]
 ROOMS += ["bench", "cli"]
 
 # What the two leaves share with the runtime.

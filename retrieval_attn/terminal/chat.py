@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -168,7 +168,7 @@ class Chat:
             bar.close()
             self._note("the text is read; the rest of the index is built in the background")
 
-    def _answer(self, stream: Callable[..., Iterator[str]]) -> None:
+    def _answer(self, stream: Callable[..., Generator[str, None, None]]) -> None:
         """Show an answer and what it cost. An interrupted answer is kept as far as it went."""
         stopped = False
         with PhaseBar(self.notes, self.session) as bar:

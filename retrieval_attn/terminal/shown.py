@@ -1,6 +1,6 @@
 """What a person is shown: numbers, one line of statistics, an answer as it comes, one line for an error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -64,14 +64,14 @@ def sparse_share(stats: "generate.GenerationStats") -> str:
     return f"prefill read {100 * stats.prefill_read:.0f} %"
 
 
-def show_answer(write: Callable[[str], object], pieces: Iterator[str], keep_blanks: bool = False) -> None:
+def show_answer(write: Callable[[str], object], pieces: Generator[str, None, None], keep_blanks: bool = False) -> None:
     """Write the pieces of an answer as they come, and close the stream, also when interrupted.
 
     The first piece waits for the second: between the two, the bar of the index builds may be drawn. It loses its
     leading blanks, which chat templates ask for, unless they are kept.
     """
     held = ""
-    with closing(pieces):  # type: ignore[type-var]
+    with closing(pieces):
         try:
             for i, piece in enumerate(pieces):
                 held += piece if i or keep_blanks else piece.lstrip()
